@@ -1,0 +1,38 @@
+"""The command line: one verb a file, collected here."""
+
+from __future__ import annotations
+
+import sys
+
+import typer
+
+from jobs.console import err
+from jobs.demo import demo
+from jobs.embed import embed, plan
+from jobs.index import index
+from jobs.search import search
+from jobs.status import status
+from pipelines.errors import VecmillError
+
+app = typer.Typer(
+    name="vecmill",
+    help="Shards of images and captions in; embeddings in Parquet and a sharded FAISS index out.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+for verb in (plan, embed, index, search, status, demo):
+    app.command()(verb)
+
+
+def main() -> None:
+    """Exit codes: 0 done, 1 failed, 2 usage or configuration, 3 finished but above the reject ceiling."""
+    try:
+        app()
+    except VecmillError as error:
+        err.print(f"vecmill: {error}", markup=False, style="red")
+        sys.exit(error.exit_code)
+    except KeyboardInterrupt:
+        err.print("vecmill: stopped. What is committed stays; run the same command to go on.", style="red")
+        sys.exit(130)

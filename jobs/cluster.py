@@ -1,0 +1,93 @@
+"""Ray, for the time of a command: the cluster that is named, or a local one that ends with it."""
+
+from __future__ import annotations
+
+import logging
+import os
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from pipelines.errors import PreflightError
+from pipelines.prepare import Cluster
+
+# One core may still read while the other encodes; Ray counts declared CPUs, not real ones.
+LEAST_LOCAL_CPUS = 3
+
+
+@contextmanager
+def connected(address: str | None) -> Iterator[Cluster]:
+    """Connects to `address`, to RAY_ADDRESS, or starts Ray here; yields what it has to give.
+
+    Raises: PreflightError where there is no cluster at the address.
+    """
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
+    # Ray's core writes of harmless things straight to the terminal, past Python's logging.
+    os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")
+    import ray
+
+    address = address or os.environ.get("RAY_ADDRESS")
+    try:
+        with quiet_start():
+            _connect(address)
+    except Exception as error:
+        # Ray raises plain exceptions too, as when its node takes too long to start.
+        raise PreflightError(
+            f"Cannot connect to Ray at {address or 'this machine'}: {error}",
+            "Check --address or RAY_ADDRESS; without either, Ray is started on this machine.",
+        ) from None
+    quiet_console()
+    try:
+        yield resources(None if address else float(os.cpu_count() or 1))
+    finally:
+        ray.shutdown()
+
+
+def _connect(address: str | None) -> None:
+    import ray
+
+    if address:
+        ray.init(address, log_to_driver=False, logging_level=logging.ERROR)
+    else:
+        cpus = max(LEAST_LOCAL_CPUS, os.cpu_count() or 1)
+        ray.init("local", num_cpus=cpus, include_dashboard=False, log_to_driver=False, logging_level=logging.ERROR)
+
+
+@contextmanager
+def quiet_start() -> Iterator[None]:
+    """Nothing on the terminal while Ray's core starts: it announces its own log level there."""
+    sys.stderr.flush()
+    terminal = os.dup(2)
+    with open(os.devnull, "w") as nowhere:
+        os.dup2(nowhere.fileno(), 2)
+    try:
+        yield
+    finally:
+        os.dup2(terminal, 2)
+        os.close(terminal)
+
+
+def quiet_console() -> None:
+    """Ray Data's own lines go to its log file alone; ours say what a user needs."""
+    import ray.data
+
+    logging.getLogger(ray.__name__).setLevel(logging.ERROR)
+    for handler in logging.getLogger(ray.data.__name__).handlers:
+        if isinstance(handler, logging.StreamHandler):
+            handler.setLevel(logging.ERROR)
+
+
+def resources(node_cpus: float | None) -> Cluster:
+    """What the connected cluster has. node_cpus: real ones of a node, where Ray was told of more."""
+    import ray
+
+    alive: list[dict[str, Any]] = [node["Resources"] for node in ray.nodes() if node["Alive"]]  # type: ignore[no-untyped-call]
+    cpus = [node["CPU"] for node in alive if node.get("CPU")]
+    return Cluster(
+        cpus=sum(cpus),
+        gpus=sum(node.get("GPU", 0.0) for node in alive),
+        nodes=len(cpus) or 1,
+        node_cpus=node_cpus or max(cpus, default=1.0),
+    )

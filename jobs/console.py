@@ -1,0 +1,103 @@
+"""What people see: progress, tables of numbers, and errors as one message."""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+from typing import Any
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+from pipelines.observe import Stages, duration
+
+out = Console(soft_wrap=True, highlight=False)
+err = Console(stderr=True, soft_wrap=True, highlight=False)
+
+LINE_EVERY_S = 30.0
+
+
+def size(count: float) -> str:
+    """`12.3 MiB`."""
+    for unit in ("B", "KiB", "MiB", "GiB", "TiB"):
+        if count < 1024 or unit == "TiB":
+            return f"{count:.0f} {unit}" if unit == "B" else f"{count:.1f} {unit}"
+        count /= 1024
+    raise AssertionError
+
+
+class RunProgress:
+    """A bar in a terminal; elsewhere one JSON line every 30 s. Called with the meter's reading."""
+
+    def __init__(self, shards: int) -> None:
+        self._shards, self._started, self._last_line = shards, time.monotonic(), time.monotonic()
+        self._bar = self._task = None
+        if err.is_terminal:
+            columns = [TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TextColumn("shards")]
+            rate = TextColumn("{task.fields[rows]} rows, {task.fields[rate]:.0f}/s")
+            self._bar = Progress(*columns, rate, TimeElapsedColumn(), TimeRemainingColumn(), console=err)
+            self._task = self._bar.add_task("embedding", total=shards, rows=0, rate=0.0)
+
+    def __enter__(self) -> RunProgress:
+        if self._bar:
+            self._bar.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._bar:
+            self._bar.stop()
+
+    def __call__(self, stages: Stages) -> None:
+        written = stages.get("write", {})
+        done, rows = int(written.get("shards", 0)), int(written.get("rows", 0))
+        elapsed = time.monotonic() - self._started
+        encoded = stages.get("encode", {}).get("rows", 0)
+        rate = encoded / elapsed if elapsed else 0.0
+        if self._bar and self._task is not None:
+            self._bar.update(self._task, completed=done, rows=rows, rate=rate)
+        elif time.monotonic() - self._last_line >= LINE_EVERY_S:
+            self._last_line = time.monotonic()
+            self._line(stages, done, rate, elapsed)
+
+    def _line(self, stages: Stages, done: int, rate: float, elapsed: float) -> None:
+        left = (self._shards - done) * elapsed / done if done else None
+        line = {
+            "event": "progress",
+            "shards_done": done,
+            "shards": self._shards,
+            "rows": {stage: int(numbers.get("rows", 0)) for stage, numbers in stages.items()},
+            "rows_per_second": round(rate, 1),
+            "elapsed_s": round(elapsed),
+            "eta_s": None if left is None else round(left),
+        }
+        print(json.dumps(line), file=sys.stderr, flush=True)
+
+
+def print_plan(facts: dict[str, Any]) -> None:
+    width = max(len(name) for name in facts)
+    for name, value in facts.items():
+        out.print(f"  {name:<{width}}  {value}", markup=False)
+
+
+def print_report(report: dict[str, Any]) -> None:
+    shards, stages = report["shards"], report["stages"]
+    done = f"{shards['done_now']} shards embedded, {shards['done_before']} were done before"
+    out.print(f"{done}; {duration(report['seconds'])}.", markup=False)
+    for modality, count in report["items"].items():
+        absent = f", {count['absent']} samples without" if count["absent"] else ""
+        outcome = f"{count['embedded']:,} embedded + {count['rejected']:,} rejected"
+        line = f"  {modality:<6} {count['items']:>9,} items = {outcome}"
+        removed = f" + {count['removed']:,} removed" if count["removed"] else ""
+        out.print(line + removed + absent, markup=False)
+    if report["rejects"]:
+        top = ", ".join(f"{reason} {count:,}" for reason, count in list(report["rejects"].items())[:5])
+        out.print(f"  rejects by reason: {top}", markup=False)
+    if stages:
+        out.print(f"  {'stage':<7}{'rows':>10}{'seconds':>10}{'rows/s':>10}{'peak MiB':>10}")
+    for name in ("read", "decode", "encode", "write"):
+        stage = stages.get(name)
+        if stage:
+            mark = "  ← bottleneck" if name == report["bottleneck"] else ""
+            cells = f"{stage['rows']:>10,.0f}{stage['seconds']:>10.1f}{stage.get('rows_per_second', 0):>10.1f}"
+            out.print(f"  {name:<7}{cells}{stage.get('peak_mib', 0):>10.0f}{mark}", markup=False)

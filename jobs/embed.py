@@ -1,0 +1,149 @@
+"""`vecmill plan` and `vecmill embed`."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any
+
+import typer
+
+from jobs import options
+from jobs.cluster import connected
+from jobs.console import RunProgress, err, out, print_plan, print_report, size
+from pipelines.config import RunConfig
+from pipelines.prepare import Cluster, Prepared, prepare, require_resources
+from pipelines.storage import whole_uri
+
+ABOVE_CEILING = 3
+
+DryRun = Annotated[bool, typer.Option("--dry-run", help="Print the plan and change nothing.")]
+Prune = Annotated[bool, typer.Option("--prune", help="Remove what was made of shards that are no longer in the input.")]
+Ceiling = Annotated[
+    float | None, typer.Option("--reject-ceiling", help="Share of rejects above which the exit code is 3.")
+]
+
+
+def embed(
+    what: options.What,
+    encoder: options.EncoderName = None,
+    output: options.Output = None,
+    name: options.Name = None,
+    format: options.Format = None,
+    modalities: options.Modalities = None,
+    precision: options.PrecisionFlag = None,
+    batch_size: options.BatchSize = None,
+    dtype: options.Dtype = None,
+    reject_ceiling: Ceiling = None,
+    set: options.Set = None,
+    address: options.Address = None,
+    dry_run: DryRun = False,
+    prune: Prune = False,
+) -> None:
+    """Embed shards of images and captions. Run it again to resume: only what is missing is done.
+
+    Example: vecmill embed 's3://bucket/{00000..01023}.tar' --encoder open_clip:ViT-B-32/laion2b_s34b_b79k
+    --output s3://bucket/emb
+    """
+    flags: dict[str, Any] = {
+        "encoder": encoder,
+        "output": output,
+        "name": name,
+        "format": format,
+        "modalities": modalities,
+        "encode.precision": precision,
+        "encode.batch_size": batch_size,
+        "write.dtype": dtype,
+        "write.reject_ceiling": reject_ceiling,
+        "cluster.address": address,
+    }
+    config = with_whole_output(options.settings_of(what, flags, set))
+    with connected(config.cluster.address) as cluster:
+        run = prepare(config, cluster)
+        require_resources(run.config, cluster)
+        if dry_run:
+            show_plan(run, cluster)
+        else:
+            run_embed(run, prune)
+
+
+def plan(
+    what: options.What,
+    encoder: options.EncoderName = None,
+    output: options.Output = None,
+    name: options.Name = None,
+    format: options.Format = None,
+    modalities: options.Modalities = None,
+    precision: options.PrecisionFlag = None,
+    set: options.Set = None,
+    address: options.Address = None,
+) -> None:
+    """Show what `embed` would do: shards, bytes, pending and done, settings, resources. Changes nothing.
+
+    Example: vecmill plan recipe.yaml
+    """
+    embed(what, encoder, output, name, format, modalities, precision, set=set, address=address, dry_run=True)
+
+
+def with_whole_output(config: RunConfig) -> RunConfig:
+    """Local paths as seen from any folder: the record of the run keeps them."""
+    inputs = [item if "://" in item else whole_uri(item) for item in config.input]
+    return config.model_copy(update={"input": inputs, "output": options.output_store_root(config.output)})
+
+
+def show_plan(run: Prepared, cluster: Cluster) -> None:
+    config, encode, shards = run.config, run.config.encode, run.plan.shards
+    pending = [work.shard for work in run.plan.pending]
+    needed_cpus = int(encode.actors) * encode.cpus_per_actor + config.cluster.spare_cpus
+    facts = {
+        "input": ", ".join(config.input),
+        "shards": f"{len(shards):,} ({size(sum(shard.bytes for shard in shards))})",
+        "done": f"{run.plan.done:,}",
+        "pending": f"{len(pending):,} ({size(sum(shard.bytes for shard in pending))})",
+        "changed": f"{len(run.plan.changed):,} of the pending replace what an older version of the shard gave",
+        "vanished": f"{len({ref.shard for ref in run.plan.vanished}):,} shards of the output are not in this input",
+        "encoder": f"{run.spec.name}, {run.spec.dim} dimensions, {encode.precision}",
+        "modalities": ", ".join(run.modalities),
+        "fingerprint": run.spec.fingerprint[:16],
+        "output": f"{config.output}/embeddings/{run.folder}",
+        "encode": f"{encode.actors} actors of {encode.gpus_per_actor:g} GPUs and {encode.cpus_per_actor:g} CPUs, "
+        f"batches of {encode.batch_size}",
+        "resources": f"{needed_cpus:g} CPUs and {int(encode.actors) * float(encode.gpus_per_actor):g} GPUs needed, "
+        f"the cluster has {cluster.cpus:g} and {cluster.gpus:g}",
+    }
+    hidden = [name for name in ("changed", "vanished") if facts[name].startswith("0 ")]
+    print_plan({name: fact for name, fact in facts.items() if name not in hidden})
+    out.print("Nothing was changed. Run `vecmill embed` with the same arguments to start.")
+
+
+def run_embed(run: Prepared, prune: bool = False) -> None:
+    """Exit code 3 where the whole output's share of rejects is above the ceiling."""
+    from pipelines.embed import embed as embed_pending
+    from pipelines.ledger import retire
+
+    pending, done = len(run.plan.pending), run.plan.done
+    err.print(
+        f"{pending:,} shards to embed, {done:,} done before, into {run.store.uri(f'embeddings/{run.folder}')}",
+        markup=False,
+    )
+    with RunProgress(pending) as progress:
+        report = embed_pending(run, progress)
+    print_report(report)
+    show_vanished(run, prune)
+    if prune:
+        for ref in run.plan.vanished:
+            retire(run.store, ref)
+    out.print(f"  report: {run.store.uri('reports/' + report['run'] + '.json')}", markup=False)
+    if report["reject_rate"] > report["reject_ceiling"]:
+        err.print(
+            f"{report['reject_rate']:.1%} of the items were rejected, more than the ceiling of "
+            f"{report['reject_ceiling']:.1%}.\n"
+            f"  Look at {run.store.uri('rejects/' + run.folder)}; raise --reject-ceiling if this is what you expect.",
+            markup=False,
+        )
+        raise typer.Exit(ABOVE_CEILING)
+
+
+def show_vanished(run: Prepared, prune: bool) -> None:
+    vanished = {ref.shard for ref in run.plan.vanished}
+    if vanished:
+        outcome = "they are removed" if prune else "they are kept; --prune removes them"
+        out.print(f"  {len(vanished):,} shards of the output are not in this input: {outcome}", markup=False)

@@ -1,0 +1,89 @@
+"""`vecmill index`."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any
+
+import typer
+
+from jobs.cluster import connected
+from jobs.console import err, out, size
+from jobs.options import Address, OutputArgument, Set, assignments_of, output_store
+from pipelines.config import IndexConfig, validate
+from pipelines.contracts import Modality
+from pipelines.errors import ConfigError
+from pipelines.record import read_record
+from pipelines.storage import Store
+
+ModalityFlag = Annotated[str, typer.Option(help="image or text: whose vectors are indexed.")]
+Folder = Annotated[
+    str | None, typer.Option("--encoder", help="The encoder's folder; needed where the output has several.")
+]
+IndexKey = Annotated[
+    str | None, typer.Option(help="FAISS factory string, as in OPQ64_256,IVF4096,PQ64x8; chosen if left out.")
+]
+Metric = Annotated[str | None, typer.Option(help="ip (inner product) or l2.")]
+Shards = Annotated[int | None, typer.Option(help="Index shards, each filled by one task.")]
+Memory = Annotated[str | None, typer.Option("--max-index-memory", help="Memory budget of one index shard, as in 4G.")]
+Latency = Annotated[float | None, typer.Option("--max-query-ms", help="Latency target of one query.")]
+Seed = Annotated[int | None, typer.Option(help="Of the training sample and the queries.")]
+Force = Annotated[bool, typer.Option("--force", help="Build again although nothing has changed.")]
+
+
+def index(
+    output: OutputArgument,
+    encoder: Folder = None,
+    modality: ModalityFlag = "image",
+    index_key: IndexKey = None,
+    metric: Metric = None,
+    shards: Shards = None,
+    max_index_memory: Memory = None,
+    max_query_ms: Latency = None,
+    seed: Seed = None,
+    set: Set = None,
+    address: Address = None,
+    force: Force = False,
+) -> None:
+    """Train and fill a sharded FAISS index over an output's embeddings, and measure its recall.
+
+    Example: vecmill index s3://bucket/emb --shards 8 --max-index-memory 4G
+    """
+    from pipelines.index.build import build_index
+    from pipelines.search import choose_encoder
+
+    if modality not in ("image", "text"):
+        raise ConfigError(f"--modality {modality}: image or text is expected")
+    store = output_store(output)
+    folder = choose_encoder(store, encoder)
+    flags = {
+        "index_key": index_key,
+        "metric": metric,
+        "shards": shards,
+        "max_index_memory": max_index_memory,
+        "max_query_ms": max_query_ms,
+        "seed": seed,
+    }
+    settings = index_settings(store, flags, set)
+    with connected(address):
+        kind: Modality = "image" if modality == "image" else "text"
+        release = build_index(store, folder, kind, settings, lambda line: err.print(line, markup=False), force)
+    print_release(store, release)
+
+
+def index_settings(store: Store, flags: dict[str, Any], assignments: list[str] | None) -> IndexConfig:
+    """The recipe's index section as recorded by the embed run, with flags on top."""
+    recorded = read_record(store).settings.get("index", {})
+    given = {key.removeprefix("index."): value for key, value in assignments_of(assignments).items()}
+    chosen = {key: value for key, value in {**flags, **given}.items() if value is not None}
+    return validate(IndexConfig, {**recorded, **chosen})
+
+
+def print_release(store: Store, release: Any) -> None:
+    rows = sum(shard.rows for shard in release.shards)
+    held = size(sum(shard.bytes for shard in release.shards))
+    out.print(f"{release.folder}: {rows:,} vectors in {len(release.shards)} index shards, {held}", markup=False)
+    out.print(f"  key     {release.index_key}  {release.search_params}  ({release.metric})", markup=False)
+    for kind, figures in release.recall.figures.items():
+        shown = "  ".join(f"{name} {value:.3f}" for name, value in figures.items())
+        out.print(f"  recall  {kind} queries ({release.recall.queries[kind]:,}): {shown}", markup=False)
+    out.print(f"  files   {store.uri(release.folder)}", markup=False)

@@ -1,0 +1,87 @@
+"""The flags that several verbs share, and how they become settings."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+import yaml
+
+from pipelines.config import RunConfig, load_config
+from pipelines.errors import ConfigError
+from pipelines.storage import Store, whole_uri
+
+What = Annotated[
+    list[str],
+    typer.Argument(
+        help="A recipe (.yaml), or inputs: paths, brace ranges, globs, folders or list files (.txt).",
+        show_default=False,
+    ),
+]
+Output = Annotated[str | None, typer.Option(help="Folder or bucket prefix that gets everything.", show_default=False)]
+EncoderName = Annotated[
+    str | None, typer.Option("--encoder", help="FAMILY:MODEL, as in open_clip:ViT-B-32/laion2b_s34b_b79k.")
+]
+Name = Annotated[str | None, typer.Option(help="Alias for the encoder's folder under embeddings/.")]
+Format = Annotated[str | None, typer.Option(help="tar, parquet, folder or manifest; recognised by suffix if left out.")]
+Modalities = Annotated[str | None, typer.Option(help="image, text or image,text; all the encoder has if left out.")]
+PrecisionFlag = Annotated[
+    str | None, typer.Option("--precision", help="fp32, fp16 or bf16; fp16 on GPUs and fp32 on CPU if left out.")
+]
+BatchSize = Annotated[int | None, typer.Option(help="Items in one forward pass.")]
+Dtype = Annotated[str | None, typer.Option(help="float16 or float32, of the vectors as written.")]
+Set = Annotated[
+    list[str] | None,
+    typer.Option("--set", metavar="KEY=VALUE", help="Any other setting, as in --set decode.max_aspect=80. Repeatable."),
+]
+Address = Annotated[str | None, typer.Option(help="Ray cluster; RAY_ADDRESS or a local one if left out.")]
+RECIPE_SUFFIXES = (".yaml", ".yml")
+OutputArgument = Annotated[
+    str, typer.Argument(help="The output of an embed run, or the run's recipe (.yaml).", show_default=False)
+]
+AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON document instead of text.")]
+
+
+def settings_of(what: list[str], flags: dict[str, Any], assignments: list[str] | None) -> RunConfig:
+    """A recipe and/or inputs, with flags on top. Raises: ConfigError."""
+    recipes = [item for item in what if item.endswith(RECIPE_SUFFIXES)]
+    inputs = [item for item in what if item not in recipes]
+    if len(recipes) > 1:
+        raise ConfigError(f"{len(recipes)} recipes were given: {', '.join(recipes)}", "Give one recipe a run.")
+    overrides = {**flags, "input": inputs or None, **assignments_of(assignments)}
+    return load_config(recipes[0] if recipes else None, overrides)
+
+
+def assignments_of(texts: list[str] | None) -> dict[str, Any]:
+    """`--set KEY=VALUE` as dotted keys and YAML values."""
+    return dict(map(_assignment, texts or []))
+
+
+def _assignment(text: str) -> tuple[str, Any]:
+    key, equals, value = text.partition("=")
+    if not equals or not key:
+        raise ConfigError(f"--set {text}: KEY=VALUE is expected", "As in --set encode.batch_size=32.")
+    try:
+        return key, yaml.safe_load(value)
+    except yaml.YAMLError as error:
+        raise ConfigError(f"--set {text}: the value is not YAML: {error}") from None
+
+
+def output_store_root(output: str) -> str:
+    """Local paths made absolute: workers run elsewhere. Raises: ConfigError."""
+    if "://" not in output:
+        return str(Path(output).expanduser().resolve())
+    try:
+        whole_uri(output)
+    except (ValueError, ImportError) as error:
+        raise ConfigError(f"{output} cannot be an output: {error}", "Check its protocol.") from None
+    return output
+
+
+def output_store(given: str) -> Store:
+    """The output that is named, or that a recipe names, with the recipe's storage settings. Raises: ConfigError."""
+    if not given.endswith(RECIPE_SUFFIXES):
+        return Store(output_store_root(given))
+    config = load_config(given)
+    return Store(output_store_root(config.output), config.storage)

@@ -1,0 +1,65 @@
+"""`vecmill status`."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+from jobs.console import err, out
+from jobs.options import AsJson, OutputArgument, output_store
+from pipelines.config import RunConfig, validate
+from pipelines.contracts import SAMPLES_FAMILY
+from pipelines.errors import InputError, StorageError
+from pipelines.ledger import Plan, make_plan, tally
+from pipelines.record import RunRecord, read_record
+from pipelines.sources import plan_shards
+from pipelines.storage import Store
+
+
+def status(output: OutputArgument, as_json: AsJson = False) -> None:
+    """How much of an output is done, rejected (top reasons) and pending.
+
+    Example: vecmill status s3://bucket/emb
+    """
+    store = output_store(output)
+    record = read_record(store)
+    if not record.encoders:
+        raise InputError(f"{store.root} is not the output of an embed run: it has no run.json", "Check the path.")
+    facts = {folder: _facts(store, record, folder) for folder in record.encoders}
+    if as_json:
+        print(json.dumps(facts, indent=2))
+        return
+    for folder, fact in facts.items():
+        out.print(folder, markup=False)
+        pending = "unknown" if fact["pending"] is None else f"{fact['pending']:,}"
+        out.print(f"  shards  {fact['done']:,} done, {pending} pending", markup=False)
+        for modality, count in fact["items"].items():
+            out.print(
+                f"  {modality:<6}  {count['embedded']:,} embedded, {count['rejected']:,} rejected, "
+                f"{count['removed']:,} removed, {count['absent']:,} absent",
+                markup=False,
+            )
+        for reason, count in list(fact["rejects"].items())[:5]:
+            out.print(f"  reject  {reason}: {count:,}", markup=False)
+
+
+def _plan(store: Store, record: RunRecord, folder: str) -> Plan | None:
+    """None where the input cannot be listed any more, which an output outlives."""
+    config = validate(RunConfig, record.settings)
+    try:
+        shards, _ = plan_shards(config.input, config.format, config.read, Store(options=store.options), record.slices)
+    except (InputError, StorageError) as error:
+        err.print(f"What is pending is unknown: {error}", markup=False)
+        return None
+    return make_plan(store, shards, [SAMPLES_FAMILY, folder])
+
+
+def _facts(store: Store, record: RunRecord, folder: str) -> dict[str, Any]:
+    counts, reasons, committed = tally(store, [folder])
+    plan = _plan(store, record, folder)
+    return {
+        "done": plan.done if plan else committed,
+        "pending": len(plan.pending) if plan else None,
+        "items": {modality: count.model_dump() for modality, count in counts.items()},
+        "rejects": dict(sorted(reasons.items(), key=lambda item: -item[1])),
+    }

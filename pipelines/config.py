@@ -1,0 +1,222 @@
+"""The run's settings: one validated model per section, and `load_config(path, overrides)`.
+
+A recipe is a YAML file of these keys; command-line flags override it. Unknown keys and bad values
+are refused with the key's path, the value and what is allowed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Annotated, Any, Literal, TypeVar, Union, get_origin
+
+import yaml
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    NonNegativeFloat,
+    PositiveInt,
+    ValidationError,
+    field_validator,
+)
+
+from pipelines.errors import ConfigError
+
+Auto = Literal["auto"]
+Precision = Literal["fp32", "fp16", "bf16"]
+Loc = tuple[int | str, ...]
+
+
+def _as_list(value: Any) -> Any:
+    """`image,text` and a bare string are lists too."""
+    return [part for part in value.split(",") if part] if isinstance(value, str) else value
+
+
+class Section(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+S = TypeVar("S", bound=Section)
+
+
+class ReadConfig(Section):
+    samples_per_slice: int = Field(10_000, ge=1, description="samples a folder or manifest is cut into")
+    rows_per_shard: int = Field(50_000, ge=1, description="rows above which a Parquet file is cut, at row groups")
+    rows_per_block: int = Field(256, ge=1, description="samples read into one block")
+    block_mib: int = Field(32, ge=1, description="bytes of images read into one block, MiB")
+    image_column: str | None = Field(None, description="Parquet or manifest column of image bytes, path or URL")
+    caption_column: str | None = Field(None, description="Parquet or manifest column of a caption or a list of them")
+    key_column: str | None = Field(None, description="Parquet or manifest column of the sample's key")
+    splits: list[str] | None = Field(None, description="splits of a Karpathy JSON to take; all where unset")
+    max_caption_bytes: int = Field(1_000_000, ge=1, description="a longer caption is a reject")
+    max_image_bytes: int = Field(256 * 2**20, ge=1, description="a larger image file is a reject")
+
+
+class DecodeConfig(Section):
+    max_pixels: int = Field(200_000_000, ge=1, description="an image of more pixels is a reject (decompression bomb)")
+    max_aspect: float = Field(50.0, gt=1, description="above this aspect ratio an image is cropped before resizing")
+    alpha: Literal["reference", "white", "drop"] = Field(
+        "reference", description="transparency: as the encoder's own library, on white, or dropped"
+    )
+    rows_per_task: int = Field(128, ge=1, description="samples one decode task takes at least")
+
+
+class EncodeConfig(Section):
+    precision: Precision | Auto = Field("auto", description="auto: fp16 on GPUs, fp32 on CPU")
+    batch_size: PositiveInt | Auto = Field(
+        "auto", description="items in one forward pass; auto: 256 on GPUs, 64 on CPU"
+    )
+    actors: PositiveInt | Auto = Field("auto", description="encoder actors; auto: one a GPU, one in all on CPU")
+    gpus_per_actor: NonNegativeFloat | Auto = Field("auto", description="auto: 1 where the cluster has GPUs, else 0")
+    cpus_per_actor: float = Field(1.0, ge=0, description="CPUs Ray reserves for an actor")
+    threads: PositiveInt | Auto = Field(
+        "auto", description="torch threads of a CPU actor; auto: the node's CPUs over its actors"
+    )
+    normalize: bool = Field(True, description="L2-normalise vectors")
+
+
+class WriteConfig(Section):
+    dtype: Literal["float16", "float32"] = "float16"
+    compression: Literal["zstd", "snappy", "none"] = "zstd"
+    rows_per_row_group: int = Field(16_384, ge=1)
+    rows_per_task: int = Field(2_048, ge=1, description="rows one write task takes at least")
+    reject_ceiling: float = Field(
+        0.05, ge=0, le=1, description="share of rejected items above which the run ends with exit code 3"
+    )
+
+
+class IndexConfig(Section):
+    index_key: str | None = Field(None, description="FAISS factory string; unset: autofaiss chooses")
+    metric: Literal["ip", "l2"] = "ip"
+    max_index_memory: str = Field("4G", description="memory budget of one index shard when loaded")
+    max_query_ms: float = Field(10.0, gt=0, description="latency target of one query")
+    shards: PositiveInt | Auto = Field("auto", description="index shards; auto: one per 10 million vectors")
+    train_vectors: PositiveInt | Auto = Field("auto", description="vectors sampled for training; auto: 100 per cluster")
+    recall_queries: int = Field(1_000, ge=1, description="queries that recall is measured with")
+    seed: int = Field(0, ge=0)
+
+
+class ClusterConfig(Section):
+    address: str | None = Field(
+        None, description="Ray cluster; unset: RAY_ADDRESS's or a local one started for the run"
+    )
+    spare_cpus: float = Field(1.0, ge=0, description="CPUs that actors leave for reading, decoding and writing")
+    no_progress_timeout_s: int = Field(900, ge=10)
+    memory_per_decode_task_mib: int = Field(1_024, ge=64)
+
+
+class RunConfig(Section):
+    """Everything an `embed` run is told."""
+
+    input: Annotated[list[str], BeforeValidator(lambda v: [v] if isinstance(v, str) else v)] = Field(min_length=1)
+    output: str
+    encoder: str
+    name: str | None = Field(
+        None, pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]{0,99}$", description="alias of the encoder's folder"
+    )
+    format: Literal["auto", "tar", "parquet", "folder", "manifest"] = "auto"
+    modalities: Annotated[list[Literal["image", "text"]], BeforeValidator(_as_list)] | Auto = "auto"
+    read: ReadConfig = ReadConfig()
+    decode: DecodeConfig = DecodeConfig()
+    encode: EncodeConfig = EncodeConfig()
+    write: WriteConfig = WriteConfig()
+    index: IndexConfig = IndexConfig()
+    cluster: ClusterConfig = ClusterConfig()
+    storage: dict[str, dict[str, Any]] = Field(
+        {}, description="file system options by protocol: {s3: {endpoint_url: …}}"
+    )
+
+    @field_validator("output")
+    @classmethod
+    def _no_trailing_slash(cls, value: str) -> str:
+        if not value.strip("/"):
+            raise ValueError("must name a folder")
+        return value.rstrip("/")
+
+
+def load_config(path: str | Path | None, overrides: Mapping[str, Any] | None = None) -> RunConfig:
+    """The settings of a recipe with dotted `overrides` (`{"encode.precision": "bf16"}`) on top.
+
+    Values of None are not overrides. Raises: ConfigError with the key's path, the value and what is
+    allowed.
+    """
+    settings = _read_recipe(Path(path)) if path else {}
+    for dotted, value in (overrides or {}).items():
+        if value is not None:
+            _set(settings, dotted.split("."), value)
+    return validate(RunConfig, settings)
+
+
+def validate(section: type[S], settings: Mapping[str, Any]) -> S:
+    """`section` from plain settings. Raises: ConfigError that lists every bad key."""
+    try:
+        return section.model_validate(settings)
+    except ValidationError as error:
+        problems = "\n  ".join(_problems(section, error))
+        raise ConfigError(f"The settings are not valid:\n  {problems}") from None
+
+
+def _problems(section: type[Section], error: ValidationError) -> list[str]:
+    """A line a key; of a setting of several types, what each of them would allow."""
+    told: dict[str, list[str]] = {}
+    for detail in error.errors():
+        problem, allowed = _problem(section, dict(detail))
+        told.setdefault(f"{_key(section, detail['loc'])}: {problem}", []).append(allowed)
+    joined = {problem: ", or ".join(allowed) for problem, allowed in told.items()}
+    return [f"{problem} {allowed.replace(', or Input should be ', ', or ')}" for problem, allowed in joined.items()]
+
+
+def _problem(section: type[Section], detail: dict[str, Any]) -> tuple[str, str]:
+    if detail["type"] == "extra_forbidden":
+        return f"unknown key (value {detail['input']!r});", f"known here: {', '.join(_keys_at(section, detail['loc']))}"
+    if detail["type"] == "missing":
+        return "missing;", "give it in the recipe or as a flag"
+    return f"{detail['input']!r} is not allowed:", detail["msg"]
+
+
+def _sections(section: type[BaseModel], loc: Loc) -> list[type[BaseModel]]:
+    """`section` and those that the first parts of `loc` lead into."""
+    field = section.model_fields.get(str(loc[0])) if loc else None
+    inner = field.annotation if field else None
+    if isinstance(inner, type) and issubclass(inner, BaseModel):
+        return [section, *_sections(inner, loc[1:])]
+    return [section]
+
+
+def _keys_at(section: type[BaseModel], loc: Loc) -> list[str]:
+    return list(_sections(section, loc)[-1].model_fields)
+
+
+def _key(section: type[BaseModel], loc: Loc) -> str:
+    """Dotted. After a setting of several types pydantic names the type that it tried, which is no key."""
+    sections = _sections(section, loc)
+    depth = len(sections)
+    field = sections[-1].model_fields.get(str(loc[depth - 1])) if len(loc) >= depth else None
+    of_several_types = field is not None and get_origin(field.annotation) is Union
+    rest = [part for part in loc[depth:] if isinstance(part, int) or not of_several_types]
+    return ".".join(map(str, (*loc[:depth], *rest))) or "(recipe)"
+
+
+def _read_recipe(path: Path) -> dict[str, Any]:
+    try:
+        settings = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise ConfigError(f"There is no recipe {path}", "Check the path.") from None
+    except OSError as error:
+        raise ConfigError(f"The recipe {path} cannot be read: {error.strerror}", "Check the path.") from None
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{path} is not a YAML recipe: {error}") from None
+    if not isinstance(settings, dict):
+        raise ConfigError(f"{path} is not a recipe: a mapping of settings is expected", "See jobs/recipes/.")
+    return settings
+
+
+def _set(settings: dict[str, Any], keys: list[str], value: Any) -> None:
+    for key in keys[:-1]:
+        inner = settings.setdefault(key, {})
+        if not isinstance(inner, dict):
+            raise ConfigError(f"{key}: {inner!r} is not allowed: a mapping is expected")
+        settings = inner
+    settings[keys[-1]] = value

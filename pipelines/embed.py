@@ -1,0 +1,200 @@
+"""The embed run: read → decode → encode → write, as four Ray Data operators."""
+
+from __future__ import annotations
+
+import json
+import threading
+import time
+import uuid
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from datetime import UTC, datetime
+from typing import Any, cast
+
+import ray
+from ray.data import ActorPoolStrategy, DataContext
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+from pipelines.decode import Decode
+from pipelines.encode import Encode
+from pipelines.errors import LedgerError, VecmillError
+from pipelines.ledger import make_plan, settle, tally
+from pipelines.observe import Meter, Observe, Stages, bottleneck
+from pipelines.prepare import Prepared, require_output
+from pipelines.read import ShardSource
+from pipelines.record import write_record
+from pipelines.storage import Store
+from pipelines.write import EmbeddingSink
+
+Report = dict[str, Any]
+OnProgress = Callable[[Stages], None]
+
+
+def pipeline(run: Prepared, observe: Observe) -> Any:
+    """A Ray data set of encoded rows: the three operators that make vectors; a fourth, the sink, writes them.
+
+    Decode and encode ask for different resources, else Ray would fuse decoding into the encode actor.
+    """
+    config, encode = run.config, run.config.encode
+    source = ShardSource(run.plan.pending, config.read, Store(options=config.storage), observe)
+    decode = Decode(run.spec, config.decode, run.modalities, observe)
+    on_gpu = {"num_gpus": encode.gpus_per_actor} if encode.gpus_per_actor else {}
+    return (
+        ray.data.read_datasource(source, override_num_blocks=len(run.plan.pending))
+        .map_batches(
+            decode,
+            batch_format="pyarrow",
+            batch_size=config.decode.rows_per_task,
+            memory=config.cluster.memory_per_decode_task_mib * 2**20,
+        )
+        .map_batches(
+            Encode,
+            fn_constructor_args=(run.spec, encode, run.modalities, run.device, observe),
+            compute=ActorPoolStrategy(size=int(encode.actors), max_concurrent_calls_per_actor=2),
+            batch_format="pyarrow",
+            batch_size=int(encode.batch_size) * BATCHES_PER_CALL,
+            num_cpus=encode.cpus_per_actor,
+            **on_gpu,
+        )
+    )
+
+
+BATCHES_PER_CALL = 4
+"""Micro-batches in one call of an actor, so that the copy of the next overlaps the compute of this one."""
+
+
+def embed(run: Prepared, on_progress: OnProgress = lambda stages: None, progress_interval_s: float = 1.0) -> Report:
+    """Embeds what is pending and returns the run's report, which is also put under `reports/`.
+
+    Ray must be connected. Raises: VecmillError; whatever is committed by then stays.
+    """
+    started = time.monotonic()
+    require_output(run.store)
+    write_record(run.store, run.record)
+    settle(run.store, run.plan)
+    meter = start_meter()
+    if run.plan.pending:
+        configure(run)
+        sink = EmbeddingSink(run.store, run.families, run.config.write, run.plan.changed, RemoteObserve(meter))
+        with reporting(meter, on_progress, progress_interval_s), plain_errors():
+            pipeline(run, RemoteObserve(meter)).write_datasink(sink, ray_remote_args={"num_cpus": 1})
+        finish(run)
+    report = make_report(run, cast(Stages, ray.get(meter.snapshot.remote())), time.monotonic() - started)
+    run.store.put_atomic(f"reports/{report['run']}.json", json.dumps(report, indent=2).encode())
+    return report
+
+
+def finish(run: Prepared) -> None:
+    """Every shard must be committed and placed now. Raises: LedgerError naming those that are not."""
+    after = make_plan(run.store, run.plan.shards, run.families)
+    settle(run.store, after)
+    if after.pending:
+        names = ", ".join(work.shard.uri for work in after.pending[:3])
+        raise LedgerError(
+            f"{len(after.pending)} shards are not complete although the run has ended: {names}",
+            "Run the same command again; if it says so again, please report it.",
+        )
+
+
+def configure(run: Prepared) -> None:
+    """Ray Data's settings, made before the data set is: they are sealed into it."""
+    context = DataContext.get_current()
+    context.max_errored_blocks = 0
+    context.enable_progress_bars = False
+    context.execution_options.preserve_order = False
+    context.execution_options.verbose_progress = False
+    context.actor_init_retry_on_errors = True
+    context.max_consecutive_actor_init_deaths = 2
+    context.execution_no_progress_timeout_s = run.config.cluster.no_progress_timeout_s
+
+
+def start_meter() -> Any:
+    """On the driver's own node: it must not be lost with a worker's, which the run survives."""
+    here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=True)
+    meter: Any = ray.remote(num_cpus=0)(Meter)
+    return meter.options(scheduling_strategy=here).remote()
+
+
+class RemoteObserve:
+    """An Observe that any worker can call; numbers on their way to a meter that died are lost, no more."""
+
+    def __init__(self, meter: Any) -> None:
+        self._meter = meter
+
+    def __call__(self, **numbers: Any) -> None:
+        with suppress(ray.exceptions.RayError):
+            self._meter.add.remote(**numbers)
+
+
+@contextmanager
+def reporting(meter: Any, on_progress: OnProgress, interval_s: float) -> Iterator[None]:
+    """Calls on_progress with the meter's reading every interval_s while the block runs, and once after."""
+    stop = threading.Event()
+
+    def report() -> None:
+        with suppress(ray.exceptions.RayError):
+            on_progress(ray.get(meter.snapshot.remote(), timeout=30))
+
+    def loop() -> None:
+        while not stop.wait(interval_s):
+            report()
+
+    thread = threading.Thread(target=loop, daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        stop.set()
+        thread.join()
+        report()
+
+
+@contextmanager
+def plain_errors() -> Iterator[None]:
+    """Our own errors out of the layers that Ray wraps them in."""
+    try:
+        yield
+    except Exception as error:
+        cause: BaseException | None = error
+        while cause is not None and not isinstance(cause, VecmillError):
+            cause = getattr(cause, "cause", None) or cause.__cause__
+        if cause is not None and cause is not error:
+            raise cause from error
+        raise
+
+
+def make_report(run: Prepared, stages: Stages, seconds: float) -> Report:
+    """Items over the whole ledger of the encoder; stages of this run alone."""
+    counts, reasons, shards = tally(run.store, [run.folder])
+    items = sum(count.items for count in counts.values())
+    rejected = sum(count.rejected for count in counts.values())
+    encode = run.config.encode
+    workers = {"encode": float(encode.actors), "read": 1.0, "decode": 1.0, "write": 1.0}
+    return {
+        "run": f"{datetime.now(UTC):%Y%m%dT%H%M%SZ}-{uuid.uuid4().hex[:8]}",
+        "encoder": run.folder,
+        "fingerprint": run.spec.fingerprint,
+        "seconds": round(seconds, 3),
+        "shards": {
+            "input": len(run.plan.shards),
+            "done_before": run.plan.done,
+            "done_now": len(run.plan.pending),
+            "changed": len(run.plan.changed),
+            "vanished": len(run.plan.vanished),
+            "committed": shards,
+        },
+        "items": {modality: count.model_dump() for modality, count in counts.items()},
+        "rejects": dict(sorted(reasons.items(), key=lambda item: -item[1])),
+        "reject_rate": rejected / items if items else 0.0,
+        "reject_ceiling": run.config.write.reject_ceiling,
+        "stages": {name: _stage(numbers) for name, numbers in stages.items()},
+        "bottleneck": bottleneck(stages, workers),
+        "settings": run.record.settings,
+        "versions": run.record.encoders[run.folder].versions,
+    }
+
+
+def _stage(numbers: dict[str, float]) -> dict[str, float]:
+    seconds = numbers.get("seconds", 0.0)
+    rate = {"rows_per_second": numbers["rows"] / seconds} if seconds and "rows" in numbers else {}
+    return {name: round(value, 3) for name, value in {**numbers, **rate}.items()}

@@ -1,0 +1,1 @@
+"""From embeddings on disk to a release: choose → train → add → tune → recall → release."""

@@ -1,0 +1,122 @@
+"""Which index: the factory string, and how the parts are cut into index shards."""
+
+from __future__ import annotations
+
+import re
+from math import ceil
+from typing import Any
+
+import faiss
+from autofaiss.external.metadata import IndexMetadata
+from autofaiss.external.optimize import get_optimal_index_keys_v2, index_key_to_nb_cluster
+from autofaiss.indices.index_factory import index_factory
+from autofaiss.utils.cast import cast_memory_to_bytes
+
+from pipelines.config import IndexConfig
+from pipelines.errors import ConfigError, IndexBuildError
+from pipelines.index.parts import Parts
+
+VECTORS_PER_SHARD = 10_000_000
+METRICS = {"ip": faiss.METRIC_INNER_PRODUCT, "l2": faiss.METRIC_L2}
+
+# Anchored: autofaiss searches for these anywhere in the key, and so builds an HNSW of 1024 links a
+# vector for "IVF1024_HNSW32,Flat" with metric ip.
+IP_FORMS = {
+    "OPQ<m>_<d>,IVF<n>,PQ<m>[x8]": r"OPQ\d+_\d+,IVF\d+,PQ\d+(x\d+)?",
+    "OPQ<m>_<d>,IVF<n>_HNSW32,PQ<m>[x8]": r"OPQ\d+_\d+,IVF\d+_HNSW\d+,PQ\d+(x\d+)?",
+    "Pad<d>,IVF<n>_HNSW32,PQ<m>[x8]": r"Pad\d+,IVF\d+_HNSW\d+,PQ\d+(x\d+)?",
+    "IVF<n>,Flat": r"IVF\d+,Flat",
+    "HNSW<m>": r"HNSW\d+",
+    "Flat": r"Flat",
+}
+
+
+def parse_bytes(size: str) -> int:
+    """Bytes of `500M`, `4G` or `1.5TB` (powers of 1024). Raises: ConfigError."""
+    try:
+        return int(cast_memory_to_bytes(size))
+    except ValueError:
+        raise ConfigError(f"index.max_index_memory: {size!r} is not a size", "Write 500M, 4G or 1.5T.") from None
+
+
+def choose_key(rows: int, dim: int, shards: int, settings: IndexConfig) -> str:
+    """The factory string: settings.index_key where given, else autofaiss's choice.
+
+    Clusters are chosen for all `rows`, as every index shard shares one quantiser; the memory budget
+    holds for each of the `shards`. Raises: ConfigError, IndexBuildError where nothing fits.
+    """
+    budget = parse_bytes(settings.max_index_memory)
+    keys = [settings.index_key] if settings.index_key else get_optimal_index_keys_v2(rows, dim, f"{budget * shards}B")
+    if not keys:
+        raise IndexBuildError(
+            f"No index of {rows:,} vectors of {dim} dimensions fits {shards} × {settings.max_index_memory}",
+            "Raise index.max_index_memory or index.shards.",
+        )
+    empty_index(keys[0], dim, settings.metric)
+    needed = shard_bytes(keys[0], ceil(rows / shards), dim)
+    if needed > budget:
+        raise IndexBuildError(
+            f"An index shard of {ceil(rows / shards):,} vectors as {keys[0]} needs about {needed:,} bytes; "
+            f"index.max_index_memory is {settings.max_index_memory}",
+            "Raise index.max_index_memory or index.shards, or choose a smaller index.index_key.",
+        )
+    return keys[0]
+
+
+def empty_index(key: str, dim: int, metric: str) -> Any:
+    """An untrained FAISS index that takes ids of its own. Raises: ConfigError for a key that cannot be built."""
+    if metric == "ip" and not any(re.fullmatch(form, key) for form in IP_FORMS.values()):
+        raise ConfigError(
+            f"index.index_key: {key!r} is not allowed with metric ip, for which FAISS builds only some keys right",
+            f"Use one of: {' · '.join(IP_FORMS)}; a plain IVF<n>,PQ<m> needs a leading OPQ. Or use metric l2.",
+        )
+    try:
+        _require_even_rotation(key, dim)
+        index = index_factory(dim, key, METRICS[metric])
+    except (RuntimeError, AssertionError) as error:
+        reason = str(error).strip().splitlines()[-1]
+        raise ConfigError(
+            f"index.index_key: {key!r} cannot be built for {dim} dimensions: {reason}",
+            "PQ<m> must divide the dimension before it, which OPQ<m>_<d> sets to d.",
+        ) from None
+    return index if _takes_ids(index) else faiss.IndexIDMap2(index)
+
+
+def _require_even_rotation(key: str, dim: int) -> None:
+    """FAISS itself only finds this out once it trains."""
+    rotation = re.match(r"OPQ(\d+)(?:_(\d+))?,", key)
+    if rotation and int(rotation[2] or dim) % int(rotation[1]):
+        raise RuntimeError(f"{rotation[1]} does not divide {rotation[2] or dim}")
+
+
+def _takes_ids(index: Any) -> bool:
+    inner = faiss.downcast_index(index.index) if isinstance(index, faiss.IndexPreTransform) else index
+    return isinstance(inner, (faiss.IndexIVF, faiss.IndexIDMap))
+
+
+def clusters(key: str) -> int:
+    """The most centroids that any part of the index learns: of IVF's lists, or of PQ's 2^bits."""
+    lists = int(index_key_to_nb_cluster(key)) if re.search(r"IVF\d+|IMI\d+x\d+", key) else 1
+    bits = [int(found or 8) for found in re.findall(r"PQ\d+(?:x(\d+))?", re.sub(r"OPQ\d+(_\d+)?", "", key))]
+    return max([lists, *(1 << bit for bit in bits)])
+
+
+def shard_bytes(key: str, rows: int, dim: int) -> int:
+    """What an index shard takes in memory, by autofaiss's estimate; for keys it does not know, uncompressed."""
+    estimate = int(IndexMetadata(key, rows, dim).estimated_index_size_in_bytes())
+    return estimate if estimate > 0 else rows * (4 * dim + 8)
+
+
+def shard_count(parts: Parts, settings: IndexConfig) -> int:
+    """Index shards aimed at, never more than parts that hold something."""
+    wanted = ceil(parts.rows / VECTORS_PER_SHARD) if settings.shards == "auto" else settings.shards
+    return min(wanted, sum(part.rows > 0 for part in parts.ranges))
+
+
+def cut(parts: Parts, shards: int) -> list[range]:
+    """Contiguous runs of parts (as positions among them) of about equal rows, at most `shards` of them."""
+    total, runs = parts.rows, dict[int, range]()
+    for at, part in enumerate(parts.ranges):
+        shard = (part.offset + part.rows // 2) * shards // max(1, total)
+        runs[shard] = range(runs[shard].start if shard in runs else at, at + 1)
+    return [run for run in runs.values() if any(parts.ranges[at].rows for at in run)]

@@ -1,0 +1,175 @@
+"""The parts an index is made of: their order, their footers, and their vectors a batch at a time."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from itertools import pairwise
+from typing import NamedTuple
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+from numpy.typing import NDArray
+from pydantic import BaseModel, ConfigDict
+
+from pipelines.errors import IndexBuildError
+from pipelines.storage import Store
+
+Vectors = NDArray[np.float32]
+Ids = NDArray[np.int64]
+
+FOOTER_THREADS = 32
+BATCH_BYTES = 32 * 2**20
+
+
+class PartRange(BaseModel):
+    """A part and the FAISS ids of its vectors: offset … offset + rows - 1, in the order of the part."""
+
+    model_config = ConfigDict(frozen=True)
+
+    name: str
+    offset: int
+    rows: int
+
+
+class Parts(BaseModel):
+    """Parts under `folder`, all or a run of them, in id order. dim: of every vector."""
+
+    model_config = ConfigDict(frozen=True)
+
+    folder: str
+    dim: int
+    ranges: tuple[PartRange, ...]
+
+    @property
+    def rows(self) -> int:
+        return sum(part.rows for part in self.ranges)
+
+    def run(self, start: int, stop: int) -> Parts:
+        return self.model_copy(update={"ranges": self.ranges[start:stop]})
+
+    def path(self, part: PartRange) -> str:
+        return f"{self.folder}/{part.name}"
+
+
+class Footer(NamedTuple):
+    rows: int
+    dim: int
+
+
+def embeddings_folder(encoder: str, modality: str) -> str:
+    return f"embeddings/{encoder}/{modality}"
+
+
+def shard_of(name: str) -> str:
+    """The shard's id, from `part-<shard>.<version>.<generation>.parquet`."""
+    return name.removeprefix("part-").split(".")[0]
+
+
+def list_parts(store: Store, folder: str, before: Sequence[str] = ()) -> Parts:
+    """The finished parts under `folder` with the ids of their vectors; only their footers are read.
+
+    before: names in the order of an earlier release; they keep their places, so that old ids stay
+    valid, unless one of them is gone. New parts follow, sorted.
+    Raises: IndexBuildError where there is no vector, a shard has two parts, or dimensions differ.
+    """
+    names = sorted(name for name in store.names(folder) if name.endswith(".parquet"))
+    _require_one_each(store, folder, names)
+    if set(before) <= set(names):
+        names = [*before, *sorted(set(names) - set(before))]
+    with ThreadPoolExecutor(FOOTER_THREADS) as pool:
+        footers = list(pool.map(lambda name: _footer(store, f"{folder}/{name}"), names))
+    if not any(footer.rows for footer in footers):
+        raise IndexBuildError(
+            f"{store.uri(folder)} holds no vectors", "Run `vecmill embed` first, or `vecmill status`."
+        )
+    return Parts(folder=folder, dim=_one_dim(store, folder, names, footers), ranges=tuple(_ranges(names, footers)))
+
+
+def _require_one_each(store: Store, folder: str, names: list[str]) -> None:
+    twice = [shard for shard, count in Counter(map(shard_of, names)).items() if count > 1]
+    if twice:
+        raise IndexBuildError(
+            f"{store.uri(folder)} holds several parts of {len(twice)} shards ({', '.join(twice[:3])})",
+            "An embed run is replacing them, or died while it did: run the same `vecmill embed` again, then index.",
+        )
+
+
+def _footer(store: Store, path: str) -> Footer:
+    with store.open(path) as stream, pq.ParquetFile(stream) as file:
+        return Footer(file.metadata.num_rows, file.schema_arrow.field("embedding").type.list_size)
+
+
+def _one_dim(store: Store, folder: str, names: list[str], footers: list[Footer]) -> int:
+    for name, footer in zip(names, footers, strict=True):
+        if footer.dim != footers[0].dim:
+            raise IndexBuildError(
+                f"{store.uri(folder)}/{name} holds vectors of {footer.dim} dimensions, {names[0]} of {footers[0].dim}",
+                "Parts of two encoders do not mix in one index: remove the folder's strangers.",
+            )
+    return footers[0].dim
+
+
+def _ranges(names: Iterable[str], footers: Iterable[Footer]) -> Iterator[PartRange]:
+    offset = 0
+    for name, footer in zip(names, footers, strict=True):
+        yield PartRange(name=name, offset=offset, rows=footer.rows)
+        offset += footer.rows
+
+
+def vectors(column: pa.ChunkedArray | pa.Array, dim: int) -> Vectors:
+    """float32 [n, dim] from a fixed_size_list<half|float>[dim] column."""
+    chunks = column.chunks if isinstance(column, pa.ChunkedArray) else [column]
+    flat = [chunk.flatten().to_numpy(zero_copy_only=False).reshape(-1, dim) for chunk in chunks]
+    found: Vectors = np.concatenate([np.empty((0, dim), np.float32), *flat]).astype(np.float32, copy=False)
+    return found
+
+
+def batches(store: Store, parts: Parts) -> Iterator[tuple[int, Vectors]]:
+    """(id of the first, float32 [n, dim]) for consecutive vectors of the parts, one batch at a time.
+
+    A batch is at most BATCH_BYTES and never spans parts.
+    """
+    rows = max(1, BATCH_BYTES // (4 * parts.dim))
+    for part in parts.ranges:
+        first = part.offset
+        with store.open(parts.path(part)) as stream, pq.ParquetFile(stream, pre_buffer=False) as file:
+            for batch in file.iter_batches(rows, columns=["embedding"], use_threads=False):
+                yield first, vectors(batch.column(0), parts.dim)
+                first += batch.num_rows
+
+
+def take(store: Store, path: str, positions: Ids, columns: list[str] | None = None) -> pa.Table:
+    """The rows at the sorted int64 `positions` of a Parquet file: reads only their row groups, one at a time."""
+    with store.open(path) as stream, pq.ParquetFile(stream, pre_buffer=False) as file:
+        sizes = [file.metadata.row_group(group).num_rows for group in range(file.num_row_groups)]
+        starts = np.concatenate([[0], np.cumsum(sizes, dtype=np.int64)])
+        group_of = np.searchsorted(starts, positions, side="right") - 1
+        found = [
+            file.read_row_group(int(group), columns, use_threads=False).take(
+                positions[group_of == group] - starts[group]
+            )
+            for group in np.unique(group_of)
+        ]
+        return pa.concat_tables(found or [file.schema_arrow.empty_table()])
+
+
+def pick(parts: Parts, count: int, seed: int) -> list[Ids]:
+    """For each part the sorted positions of a uniform sample of `count` vectors (all, where there are fewer).
+
+    A stratified draw: each part gives its share to within one, at random positions, so that every
+    vector is as likely as any other and no part is left out for being last. Needs memory for the
+    sample alone, and gives the same for the same seed and parts.
+    """
+    count = min(count, parts.rows)
+    shift = np.random.default_rng([seed, 0]).random()
+    ends = [part.offset + part.rows for part in parts.ranges]
+    bounds = [0, *(int(end * count / parts.rows + shift) for end in ends)]
+    bounds[-1] = count
+    shares = [min(part.rows, stop - start) for part, (start, stop) in zip(parts.ranges, pairwise(bounds), strict=True)]
+    return [
+        np.sort(np.random.default_rng([seed, at]).choice(part.rows, share, replace=False))
+        for at, (part, share) in enumerate(zip(parts.ranges, shares, strict=True), start=1)
+    ]

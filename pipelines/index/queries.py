@@ -1,0 +1,64 @@
+"""What recall is measured with: vectors held out of training, and captions where there are any."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+import numpy as np
+
+from pipelines.config import IndexConfig
+from pipelines.errors import IndexBuildError
+from pipelines.index.parts import Ids, Parts, Vectors, embeddings_folder, list_parts, pick, shard_of
+from pipelines.index.train import Draw, read_picked
+from pipelines.storage import Store
+
+
+@dataclass(frozen=True)
+class Queries:
+    """What recall is measured with. kinds: float32 [q, dim] by modality, the index's own first, whose
+    ids are `ids`."""
+
+    kinds: dict[str, Vectors]
+    ids: Ids
+
+    @property
+    def vectors(self) -> Vectors:
+        return np.concatenate(list(self.kinds.values()))
+
+    @property
+    def own(self) -> Ids:
+        """int64 [queries]: each query's id in the index, -1 for a caption asked of an image index."""
+        return np.concatenate([self.ids, np.full(len(self.vectors) - len(self.ids), -1)])
+
+    def slices(self) -> dict[str, slice]:
+        ends = np.cumsum([len(asked) for asked in self.kinds.values()])
+        return {kind: slice(end - len(asked), end) for (kind, asked), end in zip(self.kinds.items(), ends, strict=True)}
+
+
+def split_sample(chunks: Iterable[Vectors], drawn: Draw, dim: int) -> tuple[Vectors, Vectors]:
+    """(train, queries) out of what was picked, in id order; holds no more than those and a chunk."""
+    asked = np.zeros(len(drawn.train) + len(drawn.queries), bool)
+    asked[drawn.queries] = True
+    sample, queries = np.empty((len(drawn.train), dim), np.float32), np.empty((len(drawn.queries), dim), np.float32)
+    at = 0
+    for chunk in chunks:
+        mask, before = asked[at : at + len(chunk)], int(asked[:at].sum())
+        queries[before : before + int(mask.sum())] = chunk[mask]
+        sample[at - before : at - before + int((~mask).sum())] = chunk[~mask]
+        at += len(chunk)
+    return sample, queries
+
+
+def caption_queries(store: Store, encoder: str, images: Parts, settings: IndexConfig) -> Vectors | None:
+    """float32 [n, dim] captions of the indexed shards, drawn like the rest; None where the output has none."""
+    try:
+        texts = list_parts(store, embeddings_folder(encoder, "text"))
+    except IndexBuildError:
+        return None
+    if texts.dim != images.dim:
+        return None
+    indexed = {shard_of(part.name) for part in images.ranges}
+    picked = pick(texts, settings.recall_queries, settings.seed)
+    kept = [at if shard_of(part.name) in indexed else at[:0] for part, at in zip(texts.ranges, picked, strict=True)]
+    return read_picked(store, texts, kept) if any(map(len, kept)) else None

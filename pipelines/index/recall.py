@@ -1,0 +1,72 @@
+"""Nearest neighbours found exactly, merged across index shards, and how many of them an index finds."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+import faiss
+import numpy as np
+
+from pipelines.index.choose import METRICS
+from pipelines.index.parts import Ids, Vectors
+
+DEPTHS = (1, 10, 100)
+
+
+@dataclass(frozen=True)
+class Top:
+    """The best of each query, best first, missing ones with id -1 at the end.
+
+    ids: int64 [queries, k]. scores: float32 [queries, k], inner product or squared L2 distance.
+    """
+
+    ids: Ids
+    scores: Vectors
+
+    def of(self, queries: slice) -> Top:
+        return Top(self.ids[queries], self.scores[queries])
+
+
+def merge(tops: Iterable[Top], k: int, metric: str) -> Top:
+    """The best k of several; equal scores in order of id, so that the cut into shards does not show."""
+    found = list(tops)
+    ids = np.concatenate([top.ids for top in found], axis=1)
+    scores = np.concatenate([top.scores for top in found], axis=1)
+    worst_last = np.where(ids < 0, np.inf, -scores if metric == "ip" else scores)
+    order = np.lexsort((ids, worst_last), axis=1)[:, :k]
+    return Top(np.take_along_axis(ids, order, axis=1), np.take_along_axis(scores, order, axis=1))
+
+
+def empty_top(queries: int) -> Top:
+    return Top(np.empty((queries, 0), np.int64), np.empty((queries, 0), np.float32))
+
+
+def exact_in_batch(queries: Vectors, first: int, batch: Vectors, k: int, metric: str) -> Top:
+    """By brute force among float32 [n, dim] vectors whose ids start at `first`."""
+    scores, positions = faiss.knn(queries, batch, min(k, len(batch)), metric=METRICS[metric])
+    return Top(positions.astype(np.int64) + first, scores)
+
+
+def exact(queries: Vectors, batches: Iterable[tuple[int, Vectors]], k: int, metric: str) -> Top:
+    """The exact k nearest, in one pass over `batches` with memory for one of them."""
+    best = empty_top(len(queries))
+    for first, batch in batches:
+        best = merge([best, exact_in_batch(queries, first, batch, k, metric)], k, metric)
+    return best
+
+
+def without(top: Top, own: Ids) -> Top:
+    """`top` less each query's own id (int64 [queries], -1 for none), one neighbour shorter."""
+    keep = np.argsort(top.ids == own[:, None], axis=1, kind="stable")[:, : top.ids.shape[1] - 1]
+    return Top(np.take_along_axis(top.ids, keep, axis=1), np.take_along_axis(top.scores, keep, axis=1))
+
+
+def recall_of(found: Top, truth: Top) -> dict[str, float]:
+    """{"recall@k": share of the exact k nearest that are among the k found}, mean over queries."""
+    return {f"recall@{k}": _recall_at(found.ids[:, :k], truth.ids[:, :k]) for k in DEPTHS}
+
+
+def _recall_at(found: Ids, truth: Ids) -> float:
+    hits = sum(len(np.intersect1d(a[a >= 0], b[b >= 0])) for a, b in zip(found, truth, strict=True))
+    return float(hits / max(1, (truth >= 0).sum()))

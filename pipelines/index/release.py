@@ -1,0 +1,196 @@
+"""A release: an immutable index version with its manifest. `CURRENT` points at one that is whole."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+from contextlib import suppress
+from pathlib import Path
+from typing import IO, Any
+
+import faiss
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+from pipelines.errors import IndexBuildError
+from pipelines.index.parts import Parts
+from pipelines.storage import Store
+
+FORMAT = 1
+MANIFEST, CLAIM, POINTER = "manifest.json", "build.json", "CURRENT"
+_VERSION = re.compile(r"v\d{4,}")
+
+
+class IndexShard(BaseModel):
+    """One FAISS file. first_id: lowest id in it; rows: vectors it holds."""
+
+    model_config = ConfigDict(frozen=True)
+
+    file: str
+    first_id: int
+    rows: int
+    bytes: int
+    sha256: str
+
+
+class Recall(BaseModel):
+    """Share of the exact k nearest that the index's k first hold, by kind of query.
+
+    Queries are drawn over all parts and not trained on. An image query is itself in the index: its
+    own id is taken out of both lists, so that finding itself earns nothing.
+    """
+
+    queries: dict[str, int]
+    figures: dict[str, dict[str, float]]
+
+
+class Release(BaseModel):
+    """The whole of `manifest.json`.
+
+    id_space: one higher each time that ids start anew; within one, an id means the same vector.
+    search_params: as FAISS's ParameterSpace reads them. settings: the index settings it was made by.
+    seconds, peak_mib: of each stage.
+    """
+
+    model_config = ConfigDict(frozen=True)
+
+    format: int = FORMAT
+    version: str
+    id_space: int
+    encoder: str
+    modality: str
+    fingerprint: str
+    metric: str
+    index_key: str
+    search_params: str
+    query_ms: float
+    parts: Parts
+    shards: tuple[IndexShard, ...]
+    recall: Recall
+    settings: dict[str, Any]
+    seed: int
+    seconds: dict[str, float]
+    peak_mib: dict[str, float]
+    versions: dict[str, str]
+
+    @property
+    def folder(self) -> str:
+        return f"{index_folder(self.encoder, self.modality)}/{self.version}"
+
+
+def index_folder(encoder: str, modality: str) -> str:
+    return f"index/{encoder}/{modality}"
+
+
+def claim_version(store: Store, folder: str, attempt: str) -> str:
+    """The name of a version that no other builder has or will get: `v0001` or the next free."""
+    taken = {name.split("/")[0] for name in store.names(folder)}
+    number = max((int(name[1:]) for name in taken if _VERSION.fullmatch(name)), default=0)
+    while True:
+        number += 1
+        version = f"v{number:04d}"
+        path, claim = f"{folder}/{version}/{CLAIM}", json.dumps({"attempt": attempt}).encode()
+        # Not put, and yet ours: the acknowledgement of an earlier try was lost.
+        if store.put_if_absent(path, claim) or store.read(path) == claim:
+            return version
+
+
+def unfinished(store: Store, folder: str) -> list[str]:
+    """Versions that were begun and have no manifest: being built now, or left by a build that died."""
+    names = set(store.names(folder))
+    return sorted(
+        name.split("/")[0] for name in names if name.endswith(f"/{CLAIM}") and _manifest_of(name) not in names
+    )
+
+
+def _manifest_of(claim: str) -> str:
+    return claim.removesuffix(CLAIM) + MANIFEST
+
+
+def finish(store: Store, release: Release) -> None:
+    """Writes the manifest, after which the release never changes, and then points `CURRENT` at it."""
+    manifest = release.model_dump_json(indent=1).encode()
+    path = f"{release.folder}/{MANIFEST}"
+    if not store.put_if_absent(path, manifest) and store.read(path) != manifest:
+        raise IndexBuildError(f"{store.uri(path)} is there already", "Another build took this version; index again.")
+    folder = index_folder(release.encoder, release.modality)
+    current = current_version(store, folder)
+    # A slower build that began earlier does not turn the pointer back.
+    if current is None or int(current[1:]) < int(release.version[1:]):
+        store.put_atomic(f"{folder}/{POINTER}", release.version.encode())
+
+
+def current_version(store: Store, folder: str) -> str | None:
+    with suppress(FileNotFoundError):
+        return store.read(f"{folder}/{POINTER}").decode().strip()
+    return None
+
+
+def read_release(store: Store, encoder: str, modality: str, version: str | None = None) -> Release:
+    """The named version, or the one that `CURRENT` points at. Raises: IndexBuildError where there is none."""
+    folder = index_folder(encoder, modality)
+    version = version or current_version(store, folder)
+    if version is None:
+        raise IndexBuildError(f"{store.uri(folder)} has no index", "Run `vecmill index` first, or search with --exact.")
+    path = f"{folder}/{version}/{MANIFEST}"
+    try:
+        return Release.model_validate_json(store.read(path))
+    except FileNotFoundError:
+        raise IndexBuildError(
+            f"{store.uri(path)} does not exist", f"See the versions in {store.uri(folder)}."
+        ) from None
+    except ValidationError as error:
+        raise IndexBuildError(f"{store.uri(path)} is not a manifest: {error}", "Index again with --force.") from None
+
+
+def latest_or_none(store: Store, encoder: str, modality: str) -> Release | None:
+    """The current release, None before the first."""
+    known = current_version(store, index_folder(encoder, modality))
+    return read_release(store, encoder, modality, known) if known else None
+
+
+def sha256_of(file: Path) -> str:
+    with file.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
+
+
+class _Checked:
+    """Reads a stream on FAISS's behalf and keeps the checksum of what went by."""
+
+    def __init__(self, stream: IO[bytes]) -> None:
+        self._stream, self.digest = stream, hashlib.sha256()
+
+    def read(self, size: int) -> bytes:
+        data = self._stream.read(size)
+        self.digest.update(data)
+        return data
+
+
+def open_shard(store: Store, folder: str, shard: IndexShard) -> Any:
+    """The FAISS index of one index shard, in memory; its ids are the release's.
+
+    Raises: IndexBuildError where the file is gone or is not what the manifest says.
+    """
+    path = f"{folder}/{shard.file}"
+    try:
+        index, sha256 = load_index(store, path)
+    except FileNotFoundError:
+        raise IndexBuildError(f"{store.uri(path)} is gone", "Index again with --force.") from None
+    if (index.ntotal, sha256) != (shard.rows, shard.sha256):
+        raise IndexBuildError(f"{store.uri(path)} is not what its manifest says", "Index again with --force.")
+    return index
+
+
+def load_index(store: Store, path: str) -> tuple[Any, str]:
+    """Any FAISS file in the store, as an index in memory, and its sha256. Raises: FileNotFoundError."""
+    with store.open(path) as stream:
+        checked = _Checked(stream)
+        try:
+            index = faiss.read_index(faiss.PyCallbackIOReader(checked.read))
+        except RuntimeError as error:
+            reason = str(error).strip().splitlines()[-1]
+            fix = "Index again with --force."
+            raise IndexBuildError(f"{store.uri(path)} is not a whole FAISS index: {reason}", fix) from None
+        while checked.read(2**20):
+            pass
+        return index, checked.digest.hexdigest()

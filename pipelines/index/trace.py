@@ -1,0 +1,138 @@
+"""From a FAISS id back to what it stands for, without a scan (DESIGN P6)."""
+
+from __future__ import annotations
+
+from bisect import bisect_right
+from collections.abc import Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import pyarrow.parquet as pq
+
+from pipelines.contracts import SAMPLES_FAMILY
+from pipelines.errors import IndexBuildError, LedgerError
+from pipelines.index.parts import PartRange, Parts, Vectors, shard_of, take, vectors
+from pipelines.index.release import Release
+from pipelines.storage import Store
+
+THREADS = 16
+
+
+@dataclass(frozen=True)
+class Origin:
+    """What an id stands for.
+
+    part, position: where the vector lies; vector: float32 [dim], as stored there.
+    uri, offset, length, row_group: where the image's bytes lie. captions: of the whole sample.
+    caption_index: which of them the vector is of, None for an image.
+    """
+
+    id: int
+    part: str
+    position: int
+    shard: str
+    row: int
+    caption_index: int | None
+    key: str
+    vector: Vectors
+    uri: str
+    offset: int | None
+    length: int | None
+    row_group: int | None
+    captions: list[str | None]
+    label: str | None
+    metadata: str | None
+
+    @property
+    def caption(self) -> str | None:
+        """The one the vector is of; of an image, its first."""
+        return self.captions[self.caption_index or 0] if self.captions else None
+
+
+def trace(store: Store, release: Release, ids: Iterable[int]) -> list[Origin]:
+    """The origin of each FAISS id, in their order: one row group of a part and of `samples/` a part touched.
+
+    Raises: IndexBuildError for an id the release does not have, or where its parts are gone.
+    """
+    return trace_parts(store, release.parts, list(ids))
+
+
+def trace_parts(store: Store, parts: Parts, ids: Sequence[int]) -> list[Origin]:
+    """`trace` for parts that need not be of a release."""
+    wanted: dict[PartRange, list[int]] = {}
+    for id in dict.fromkeys(ids):
+        wanted.setdefault(_part_of(parts, id), []).append(id)
+    with ThreadPoolExecutor(THREADS) as pool:
+        found = list(pool.map(lambda part: _of_part(store, parts, part, sorted(wanted[part])), wanted))
+    origins = {origin.id: origin for of_part in found for origin in of_part}
+    return [origins[id] for id in ids]
+
+
+def _part_of(parts: Parts, id: int) -> PartRange:
+    at = bisect_right(parts.ranges, id, key=lambda part: part.offset) - 1
+    if at < 0 or id >= parts.ranges[at].offset + parts.ranges[at].rows:
+        raise IndexBuildError(f"There is no id {id}: ids go from 0 to {parts.rows - 1}", "Take one that a search gave.")
+    return parts.ranges[at]
+
+
+def _of_part(store: Store, parts: Parts, part: PartRange, ids: list[int]) -> list[Origin]:
+    positions = np.array(ids, np.int64) - part.offset
+    try:
+        table = take(store, parts.path(part), positions)
+    except FileNotFoundError:
+        raise IndexBuildError(
+            f"{store.uri(parts.path(part))} is gone: the output has changed since it was indexed", "Index it again."
+        ) from None
+    items = table.drop_columns(["embedding"]).to_pylist()
+    samples = samples_of(store, part.name, {item["row"] for item in items})
+    places = zip(ids, positions.tolist(), items, vectors(table["embedding"], parts.dim), strict=True)
+    return [
+        Origin(
+            id=id,
+            part=part.name,
+            position=position,
+            shard=item["shard"],
+            row=item["row"],
+            caption_index=item.get("caption_index"),
+            key=item["key"],
+            vector=vector,
+            **samples[item["row"]],
+        )
+        for id, position, item, vector in places
+    ]
+
+
+_SAMPLE = ["uri", "offset", "length", "row_group", "captions", "label", "metadata"]
+
+
+def samples_of(store: Store, name: str, rows: set[int]) -> dict[int, dict[str, Any]]:
+    """By row, the columns of `samples/` that an Origin shows, for rows of the shard that has part `name`.
+
+    Raises: LedgerError where the shard's samples are not there.
+    """
+    path = _samples_path(store, name)
+    with store.open(path) as stream:
+        table = pq.read_table(
+            stream, columns=["row", *_SAMPLE], filters=[("row", "in", rows)], use_threads=False, pre_buffer=False
+        )
+    found = {item.pop("row"): {**item, "captions": item["captions"] or []} for item in table.to_pylist()}
+    if missing := rows - found.keys():
+        raise LedgerError(f"{store.uri(path)} lacks row {min(missing)}, which has a vector", "Run `vecmill status`.")
+    return found
+
+
+def _samples_path(store: Store, name: str) -> str:
+    """Of the same generation as the part, which is the rule; else the highest there is."""
+    if store.exists(f"{SAMPLES_FAMILY}/{name}"):
+        return f"{SAMPLES_FAMILY}/{name}"
+    shard, version = shard_of(name), name.split(".")[1]
+    others = store.glob(f"{SAMPLES_FAMILY}/part-{shard}.{version}.*.parquet")
+    if not others:
+        raise LedgerError(
+            f"{store.uri(SAMPLES_FAMILY)} has no part for {name}",
+            "Run the same `vecmill embed` again: it puts it back.",
+        )
+    newest = max(others, key=lambda entry: int(entry.uri.split(".")[-2]))
+    return f"{SAMPLES_FAMILY}/{newest.uri.rpartition('/')[2]}"

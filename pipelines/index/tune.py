@@ -1,0 +1,52 @@
+"""Search parameters: as much of the index as a query may look at within its latency target."""
+
+from __future__ import annotations
+
+import re
+from typing import Any
+
+import faiss
+from autofaiss.external.optimize import binary_search_on_param, get_optimal_hyperparameters
+from autofaiss.indices.index_utils import speed_test_ms_per_query
+
+from pipelines.index.parts import Vectors
+
+# autofaiss finds these anywhere in a key, and takes an IVF_HNSW for an HNSW; so we ask it only for these.
+_AUTOFAISS = r"OPQ\d+_\d+,IVF\d+(_HNSW\d+)?,PQ\d+(x\d+)?|HNSW\d+|IVF\d+,Flat|Flat"
+MAX_NPROBE = 6_144
+
+
+def tune(index: Any, key: str, max_query_ms: float) -> str:
+    """The parameters that look furthest within `max_query_ms` a query, as `apply` reads them.
+
+    Measured by the clock on one index shard, hence not the same twice; what was chosen is recorded.
+    autofaiss's choice, which also widens until 20 neighbours are found; for keys it does not know,
+    its search over nprobe; "" where there is nothing to tune.
+    """
+    if re.fullmatch(_AUTOFAISS, key):
+        return str(get_optimal_hyperparameters(index, key, max_query_ms))
+    lists = re.search(r"IVF(\d+)(_HNSW\d+)?", key)
+    if not lists:
+        return ""
+    form = "nprobe={0},efSearch={1}" if lists[2] else "nprobe={0}"
+    probes = list(range(1, min(MAX_NPROBE, int(lists[1])) + 1))
+    nprobe = binary_search_on_param(index, probes, max_query_ms, lambda n: form.format(n, 2 * n))
+    return form.format(nprobe, 2 * nprobe)
+
+
+def apply(index: Any, params: str) -> None:
+    """Sets `nprobe=8,efSearch=16`-like parameters. Raises: RuntimeError for one that the index has not."""
+    faiss.ParameterSpace().set_index_parameters(index, params)
+
+
+def full_probe(key: str) -> str:
+    """The parameters with which an index looks at every list, "" where it always does."""
+    lists = re.search(r"IVF(\d+)(_HNSW\d+)?", key)
+    if not lists:
+        return ""
+    return f"nprobe={lists[1]},efSearch={2 * int(lists[1])}" if lists[2] else f"nprobe={lists[1]}"
+
+
+def query_ms(index: Any, queries: Vectors) -> float:
+    """Mean milliseconds of one query for 40 neighbours, one at a time."""
+    return float(speed_test_ms_per_query(index, queries, timout_s=1.0))

@@ -1,0 +1,269 @@
+"""The ledger: the commits of an output. Plan, commit, place, retire: pure functions over storage.
+
+A commit is `commits/<family>/<shard>.<version>.<generation>.json`. One listing of the commits (and
+one of the input) makes a plan; no commit is opened for it. Only what a commit names is ever placed
+under a final name.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field
+from typing import NamedTuple
+
+from pydantic import BaseModel
+
+from pipelines.contracts import Shard
+from pipelines.errors import LedgerError
+from pipelines.storage import Store
+
+COMMITS, RETIRED, STAGING = "commits", "retired", "staging"
+
+
+class Part(BaseModel):
+    """A file of a commit: where the merge put it, and the final name it is placed under."""
+
+    dataset: str
+    staged: str
+    final: str
+    rows: int
+    bytes: int
+    sha256: str
+
+
+class Counts(BaseModel):
+    """Items of one modality. items = embedded + rejected + removed; absent are samples without it."""
+
+    items: int = 0
+    embedded: int = 0
+    rejected: int = 0
+    removed: int = 0
+    absent: int = 0
+
+    def plus(self, other: Counts) -> Counts:
+        return Counts(**{name: value + getattr(other, name) for name, value in self})
+
+
+class Commit(BaseModel):
+    """That a family of a shard's version is done. attempt: who made it; reasons: rejects by reason."""
+
+    family: str
+    shard: str
+    version: str
+    generation: int
+    uri: str
+    fingerprint: str
+    attempt: str
+    rows: int
+    parts: list[Part]
+    counts: dict[str, Counts]
+    reasons: dict[str, int] = {}
+
+    @property
+    def ref(self) -> CommitRef:
+        return CommitRef(self.family, self.shard, self.version, self.generation)
+
+
+class CommitRef(NamedTuple):
+    """A commit by its name, all that a plan needs."""
+
+    family: str
+    shard: str
+    version: str
+    generation: int
+
+    @property
+    def path(self) -> str:
+        return f"{COMMITS}/{self.family}/{self.shard}.{self.version}.{self.generation}.json"
+
+    @property
+    def stem(self) -> str:
+        """Names the parts: a final name is only ever written with one set of bytes."""
+        return f"{self.shard}.{self.version}.{self.generation}"
+
+    @staticmethod
+    def parse(family: str, name: str) -> CommitRef | None:
+        shard, _, rest = name.removesuffix(".json").partition(".")
+        version, _, generation = rest.partition(".")
+        if not (name.endswith(".json") and shard and version and generation.isdigit()):
+            return None
+        return CommitRef(family, shard, version, int(generation))
+
+
+@dataclass(frozen=True)
+class Work:
+    """A shard and the families that it still lacks."""
+
+    shard: Shard
+    families: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What a run has to do. changed: commits to retire as soon as a shard's new version commits;
+    superseded: commits to retire now; unplaced: commits whose staging is still there."""
+
+    shards: list[Shard]
+    pending: list[Work]
+    changed: dict[str, list[CommitRef]] = field(default_factory=dict)
+    superseded: list[CommitRef] = field(default_factory=list)
+    vanished: list[CommitRef] = field(default_factory=list)
+    unplaced: list[CommitRef] = field(default_factory=list)
+
+    @property
+    def done(self) -> int:
+        return len(self.shards) - len(self.pending)
+
+
+def staging_folder(family: str, shard: str, version: str, fingerprint: str) -> str:
+    return f"{STAGING}/{family}/{shard}.{version}.{fingerprint[:12]}"
+
+
+def list_commits(store: Store, family: str) -> Iterator[CommitRef]:
+    """Every commit of a family, from names alone."""
+    for name in store.names(f"{COMMITS}/{family}"):
+        ref = CommitRef.parse(family, name)
+        if ref:
+            yield ref
+
+
+def read_commit(store: Store, ref: CommitRef) -> Commit:
+    """Raises: FileNotFoundError; LedgerError where it is not a commit."""
+    return _parse(store.read(ref.path), store.uri(ref.path))
+
+
+def read_commits(store: Store, refs: Iterable[CommitRef]) -> Iterator[Commit]:
+    paths = [ref.path for ref in refs]
+    for path, data in zip(paths, store.read_many(paths), strict=True):
+        yield _parse(data, store.uri(path))
+
+
+def _parse(data: bytes, uri: str) -> Commit:
+    try:
+        return Commit.model_validate_json(data)
+    except ValueError as error:
+        raise LedgerError(f"{uri} is not a commit: {error}", "Move it away; its shard will be done again.") from None
+
+
+def make_plan(store: Store, shards: list[Shard], families: Iterable[str]) -> Plan:
+    """What `shards` still lack of `families`, by listing names only."""
+    versions = {shard.id: shard.version for shard in shards}
+    lacking: dict[str, list[str]] = defaultdict(list)
+    plan = Plan(shards, [], defaultdict(list))
+    for family in families:
+        standing = _standing(store, family, plan)
+        staged = {name.split("/")[0].rpartition(".")[0] for name in store.names(f"{STAGING}/{family}")}
+        for shard in shards:
+            if (shard.id, shard.version) not in standing:
+                lacking[shard.id].append(family)
+        _sort_out(standing, versions, staged, plan)
+    plan.pending.extend(Work(shard, tuple(lacking[shard.id])) for shard in shards if shard.id in lacking)
+    return plan
+
+
+def _standing(store: Store, family: str, plan: Plan) -> dict[tuple[str, str], CommitRef]:
+    """The highest generation of each version; the others are superseded."""
+    standing: dict[tuple[str, str], CommitRef] = {}
+    for ref in sorted(list_commits(store, family), key=lambda ref: ref.generation):
+        lower = standing.get((ref.shard, ref.version))
+        if lower:
+            plan.superseded.append(lower)
+        standing[ref.shard, ref.version] = ref
+    return standing
+
+
+def _sort_out(
+    standing: dict[tuple[str, str], CommitRef], versions: dict[str, str], staged: set[str], plan: Plan
+) -> None:
+    """Files each standing commit: current (perhaps unplaced), of an older version, or of a vanished shard."""
+    objects = {_object_of(shard) for shard in versions}
+    for (shard, version), ref in standing.items():
+        current = versions.get(shard)
+        if current == version:
+            if f"{shard}.{version}" in staged:
+                plan.unplaced.append(ref)
+        elif current is None:
+            (plan.superseded if _object_of(shard) in objects else plan.vanished).append(ref)
+        elif (shard, current) in standing:
+            plan.superseded.append(ref)
+        else:
+            plan.changed[shard].append(ref)
+
+
+def _object_of(shard: str) -> str:
+    """A shard's id without its piece: two pieces of one object, cut differently, share it."""
+    head, _, piece = shard.rpartition("-")
+    return head if piece[:1] in ("p", "s") and piece[1:5].isdigit() else shard
+
+
+def commit(store: Store, candidate: Commit) -> Commit:
+    """The commit that stands: ours, or another attempt's that was there first.
+
+    "Already there" with our own attempt in it means that we won and the acknowledgement was lost.
+    """
+    if store.put_if_absent(candidate.ref.path, candidate.model_dump_json(indent=1).encode()):
+        return candidate
+    return read_commit(store, candidate.ref)
+
+
+def place(store: Store, standing: Commit, fingerprint: str | None = None) -> None:
+    """Copies what the commit names to its final names, then drops the staging folder.
+
+    May be done by several at once and any number of times. Raises: LedgerError where a part is
+    neither in staging nor in place.
+    """
+    for part in standing.parts:
+        if not _is_placed(store, part):
+            try:
+                store.copy(part.staged, part.final)
+            except FileNotFoundError:
+                if not _is_placed(store, part):
+                    raise LedgerError(
+                        f"{store.uri(part.final)} is named by a commit but is not there",
+                        f"Move {store.uri(standing.ref.path)} away and run again: its shard will be done again.",
+                    ) from None
+    store.delete_folder(
+        staging_folder(standing.family, standing.shard, standing.version, fingerprint or standing.fingerprint)
+    )
+
+
+def _is_placed(store: Store, part: Part) -> bool:
+    try:
+        return store.stat(part.final).bytes == part.bytes
+    except FileNotFoundError:
+        return False
+
+
+def retire(store: Store, ref: CommitRef) -> None:
+    """Takes a commit's parts away and moves it to `retired/`; finished by the next plan if it dies."""
+    try:
+        old = read_commit(store, ref)
+    except FileNotFoundError:
+        return
+    store.put_atomic(ref.path.replace(COMMITS, RETIRED, 1), old.model_dump_json().encode())
+    store.delete(part.final for part in old.parts)
+    store.delete([ref.path])
+
+
+def settle(store: Store, plan: Plan) -> None:
+    """Finishes what a run that died left half-way: placements, and retiring superseded commits."""
+    for ref in plan.superseded:
+        retire(store, ref)
+    for standing in read_commits(store, plan.unplaced):
+        place(store, standing)
+
+
+def tally(store: Store, families: Iterable[str]) -> tuple[dict[str, Counts], dict[str, int], int]:
+    """Over the whole ledger of some encoders: counts by modality, rejects by reason, shards."""
+    counts: dict[str, Counts] = defaultdict(Counts)
+    reasons: dict[str, int] = defaultdict(int)
+    shards = 0
+    for family in families:
+        for done in read_commits(store, list_commits(store, family)):
+            shards += 1
+            for modality, more in done.counts.items():
+                counts[modality] = counts[modality].plus(more)
+            for reason, number in done.reasons.items():
+                reasons[reason] += number
+    return dict(counts), dict(reasons), shards

@@ -1,0 +1,78 @@
+"""Stage clocks, the run's meter, and what is made of them: progress lines, bottleneck, report."""
+
+from __future__ import annotations
+
+import resource
+import sys
+import time
+from collections import defaultdict
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+Observe = Callable[..., None]
+"""observe(stage="decode", rows=128, seconds=0.4): adds numbers to a stage. `peak_…` keeps the maximum."""
+
+Stages = dict[str, dict[str, float]]
+
+
+def nowhere(**_: Any) -> None:
+    """An Observe that keeps nothing."""
+
+
+class Meter:
+    """Adds up what the stages observe."""
+
+    def __init__(self) -> None:
+        self._stages: Stages = defaultdict(dict)
+
+    def add(self, stage: str, **numbers: float) -> None:
+        totals = self._stages[stage]
+        for name, value in numbers.items():
+            before = totals.get(name, 0.0)
+            totals[name] = max(before, value) if name.startswith("peak_") else before + value
+
+    def snapshot(self) -> Stages:
+        return {stage: dict(numbers) for stage, numbers in self._stages.items()}
+
+
+class Clock:
+    """Seconds spent inside `with clock:`, so that a generator can leave out its consumer's time."""
+
+    def __init__(self) -> None:
+        self.seconds = 0.0
+
+    @contextmanager
+    def running(self) -> Iterator[None]:
+        started = time.perf_counter()
+        try:
+            yield
+        finally:
+            self.seconds += time.perf_counter() - started
+
+
+def peak_memory_mib() -> float:
+    """The largest resident size this process has had."""
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak / 2**20 if sys.platform == "darwin" else peak / 2**10
+
+
+def bottleneck(stages: Stages, workers: dict[str, float]) -> str | None:
+    """The stage with the most seconds a worker, which is the one that sets the pace.
+
+    workers: how many of each stage can run at once; 1 where not named.
+    """
+    loads = {
+        stage: numbers["seconds"] / max(workers.get(stage, 1.0), 1e-9)
+        for stage, numbers in stages.items()
+        if numbers.get("seconds")
+    }
+    return max(loads, key=lambda stage: loads[stage]) if loads else None
+
+
+def duration(seconds: float) -> str:
+    """`3 h 05 min`, `4 min 10 s` or `12 s`."""
+    whole = round(seconds)
+    if whole >= 3600:
+        return f"{whole // 3600} h {whole % 3600 // 60:02d} min"
+    return f"{whole // 60} min {whole % 60:02d} s" if whole >= 60 else f"{whole} s"

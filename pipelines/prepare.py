@@ -1,0 +1,189 @@
+"""What a run will do, before it does any of it: settings resolved, encoder described, shards planned."""
+
+from __future__ import annotations
+
+import re
+import uuid
+from dataclasses import dataclass, replace
+from math import ceil
+from typing import Any, cast
+
+from pipelines import sources
+from pipelines.config import EncodeConfig, Precision, RunConfig
+from pipelines.contracts import MODALITIES, SAMPLES_FAMILY, Modality
+from pipelines.encoders import registry
+from pipelines.encoders.base import EncoderSpec
+from pipelines.errors import ConfigError, PreflightError, StorageError
+from pipelines.families import EncoderFamily, Family, SamplesFamily, by_name
+from pipelines.ledger import Plan, make_plan
+from pipelines.record import EncoderRecord, RunRecord, encoder_record, read_record, require_same
+from pipelines.storage import Store, protocol_of
+
+
+@dataclass(frozen=True)
+class Cluster:
+    """What Ray has to give, in all. node_cpus: of its largest node."""
+
+    cpus: float
+    gpus: float
+    nodes: int
+    node_cpus: float
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """A run ready to start. config holds no "auto" any more. folder: the encoder's, in `embeddings/`."""
+
+    config: RunConfig
+    store: Store
+    spec: EncoderSpec
+    folder: str
+    modalities: tuple[Modality, ...]
+    record: RunRecord
+    plan: Plan
+
+    @property
+    def families(self) -> dict[str, Family]:
+        encoder = EncoderFamily(self.folder, self.spec.fingerprint, self.modalities, self.spec.dim, self.spec.dtype)
+        return by_name([SamplesFamily(), encoder])
+
+    @property
+    def device(self) -> str:
+        return "cuda" if self.config.encode.gpus_per_actor else "cpu"
+
+
+def prepare(config: RunConfig, cluster: Cluster) -> Prepared:
+    """Reads, and changes nothing. Raises: ConfigError, InputError, PreflightError, EncoderError."""
+    store = Store(config.output, config.storage)
+    record = read_record(store)
+    known = recorded_encoder(record, config)
+    encode = resolve_encode(config.encode, cluster, known[1] if known else None)
+    spec = resolve_spec(config, encode)
+    folder = known[0] if known else config.name or folder_name(spec)
+    modalities = resolve_modalities(config, spec)
+    if known:
+        require_same(folder, known[1], spec)
+        require_same_modalities(folder, known[1], modalities)
+    shards, slices = sources.plan_shards(
+        config.input, config.format, config.read, Store(options=config.storage), record.slices
+    )
+    record = record.model_copy(
+        update={
+            "slices": {**record.slices, **slices},
+            "encoders": {**record.encoders, folder: encoder_record(spec, modalities, int(encode.batch_size))},
+            "settings": config.model_dump(mode="json", exclude={"storage"}),
+        }
+    )
+    config = config.model_copy(update={"encode": encode, "modalities": list(modalities)})
+    plan = make_plan(store, shards, [SAMPLES_FAMILY, folder])
+    return Prepared(config, store, spec, folder, modalities, record, plan)
+
+
+def recorded_encoder(record: RunRecord, config: RunConfig) -> tuple[str, EncoderRecord] | None:
+    """The folder and record of the encoder that this run continues, None where it is new to the output."""
+    if config.name:
+        known = record.encoders.get(config.name)
+        return (config.name, known) if known else None
+    for folder, known in record.encoders.items():
+        if known.spec["name"] == config.encoder and folder == folder_name(known.encoder_spec({})):
+            return folder, known
+    return None
+
+
+def folder_name(spec: EncoderSpec) -> str:
+    """One path component: a slug of the name and 8 hex digits of the fingerprint."""
+    slug = re.sub(r"[^A-Za-z0-9_.]+", "-", spec.name).strip("-.")
+    return f"{slug[-80:].strip('-.')}-{spec.fingerprint[:8]}"
+
+
+def resolve_encode(encode: EncodeConfig, cluster: Cluster, known: EncoderRecord | None) -> EncodeConfig:
+    """The same settings without "auto": as recorded where this output has a record, else by the cluster."""
+    on_gpu = cluster.gpus > 0 if encode.gpus_per_actor == "auto" else encode.gpus_per_actor > 0
+    gpus = (1.0 if on_gpu else 0.0) if encode.gpus_per_actor == "auto" else encode.gpus_per_actor
+    chosen: dict[str, Any] = {
+        "gpus_per_actor": gpus,
+        "actors": max(1, int(cluster.gpus // gpus)) if on_gpu else 1,
+        "precision": known.spec["precision"] if known else "fp16" if on_gpu else "fp32",
+        "batch_size": known.batch_size if known else 256 if on_gpu else 64,
+    }
+    resolved = {name: value for name, value in chosen.items() if getattr(encode, name) == "auto"}
+    encode = encode.model_copy(update=resolved)
+    if encode.threads == "auto":
+        actors_per_node = ceil(int(encode.actors) / cluster.nodes)
+        encode = encode.model_copy(update={"threads": max(1, int(cluster.node_cpus) // actors_per_node)})
+    return encode
+
+
+def resolve_spec(config: RunConfig, encode: EncodeConfig) -> EncoderSpec:
+    """The encoder as this run uses it: precision, normalisation, storage and transparency included."""
+    spec = registry.describe(config.encoder, config.storage)
+    image = spec.image
+    if image and config.decode.alpha != "reference":
+        image = replace(image, alpha=config.decode.alpha)
+    return replace(
+        spec,
+        image=image,
+        precision=cast(Precision, encode.precision),
+        normalize=encode.normalize,
+        dtype=config.write.dtype,
+        max_aspect=config.decode.max_aspect,
+    )
+
+
+def resolve_modalities(config: RunConfig, spec: EncoderSpec) -> tuple[Modality, ...]:
+    if config.modalities == "auto":
+        return spec.modalities
+    lacking = [modality for modality in config.modalities if modality not in spec.modalities]
+    if lacking or not config.modalities:
+        raise ConfigError(
+            f"modalities: {', '.join(config.modalities) or 'none'}: {spec.name} embeds {', '.join(spec.modalities)}",
+            "Leave --modalities out for all that the encoder has.",
+        )
+    return tuple(modality for modality in MODALITIES if modality in config.modalities)
+
+
+def require_same_modalities(folder: str, known: EncoderRecord, modalities: tuple[Modality, ...]) -> None:
+    if tuple(known.modalities) != modalities:
+        raise PreflightError(
+            f"embeddings/{folder} holds {', '.join(known.modalities)}; this run asks for {', '.join(modalities)}",
+            "Ask for the same, or give this one a new name with --name.",
+        )
+
+
+def require_resources(config: RunConfig, cluster: Cluster) -> None:
+    """Raises: PreflightError for what would leave the run waiting for ever."""
+    encode = config.encode
+    actors = int(encode.actors)
+    gpus = actors * float(encode.gpus_per_actor)
+    if gpus > cluster.gpus:
+        raise PreflightError(
+            f"{actors} actors of {encode.gpus_per_actor:g} GPUs need {gpus:g}; the cluster has {cluster.gpus:g}",
+            "Lower encode.actors or encode.gpus_per_actor (0 runs on CPU), or add GPUs.",
+        )
+    cpus = actors * encode.cpus_per_actor + config.cluster.spare_cpus
+    if cpus > cluster.cpus:
+        raise PreflightError(
+            f"{actors} actors of {encode.cpus_per_actor:g} CPUs and {config.cluster.spare_cpus:g} to spare for "
+            f"reading, decoding and writing need {cpus:g} CPUs; the cluster has {cluster.cpus:g}",
+            "Lower encode.actors or encode.cpus_per_actor, or add CPUs: with fewer the run would hang.",
+        )
+
+
+def require_output(store: Store) -> None:
+    """Raises: PreflightError where the output cannot be written, or has no create-if-absent."""
+    if protocol_of(store.root) in ("memory", "http", "https"):
+        raise PreflightError(
+            f"{store.root} cannot be an output: its protocol cannot be written by several processes",
+            "Use a folder that every node sees, or object storage.",
+        )
+    probe = f"staging/probe-{uuid.uuid4().hex}"
+    try:
+        exclusive = store.put_if_absent(probe, b"") and not store.put_if_absent(probe, b"")
+        store.delete([probe])
+    except (OSError, StorageError) as error:
+        raise PreflightError(f"{store.root} cannot be written: {error}", "Check the path and permissions.") from None
+    if not exclusive:
+        raise PreflightError(
+            f"{store.root} does not honour create-if-absent, so two runs could both commit a shard",
+            "Use AWS S3, Ceph, MinIO, GCS or a local or network file system with hard links.",
+        )

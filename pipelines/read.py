@@ -1,0 +1,110 @@
+"""The read operator: one task a pending shard, its samples numbered and cut into Arrow blocks."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator
+from dataclasses import asdict
+from typing import Any
+
+import pyarrow as pa
+from ray.data import Datasource
+from ray.data.block import BlockMetadata
+from ray.data.datasource import ReadTask
+
+from pipelines import sources
+from pipelines.config import ReadConfig
+from pipelines.contracts import SAMPLE, Sample
+from pipelines.ledger import Work
+from pipelines.observe import Clock, Observe, nowhere, peak_memory_mib
+from pipelines.storage import Store
+
+
+class ShardSource(Datasource):
+    """Samples of shards that still lack a family; the last row of each shard is its end mark."""
+
+    def __init__(self, pending: list[Work], settings: ReadConfig, store: Store, observe: Observe = nowhere) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self._pending, self._settings, self._store, self._observe = pending, settings, store, observe
+
+    def get_name(self) -> str:
+        return "ReadShards"
+
+    def estimate_inmemory_data_size(self) -> int | None:
+        return sum(work.shard.bytes for work in self._pending)
+
+    def get_read_tasks(
+        self, parallelism: int, per_task_row_limit: int | None = None, data_context: Any = None
+    ) -> list[ReadTask]:
+        """One for each shard, whatever parallelism Ray would like: a shard is the unit of retry."""
+        return [ReadTask(self._task(work), _metadata(work), SAMPLE) for work in self._pending]
+
+    def _task(self, work: Work) -> Callable[[], Iterator[pa.Table]]:
+        settings, store, observe = self._settings, self._store, self._observe
+        return lambda: read_shard(work, settings, store, observe)
+
+
+def _metadata(work: Work) -> BlockMetadata:
+    return BlockMetadata(num_rows=None, size_bytes=work.shard.bytes, input_files=(work.shard.uri,), exec_stats=None)
+
+
+def read_shard(work: Work, settings: ReadConfig, store: Store, observe: Observe = nowhere) -> Iterator[pa.Table]:
+    """Blocks of schema SAMPLE. The same shard is cut at the same rows every time: Ray may run the task
+    again and use the blocks of both."""
+    clock = Clock()
+    numbered = _timed(enumerate(sources.samples(work.shard, settings, store)), clock)
+    block: list[dict[str, Any]] = []
+    size, rows = 0, 0
+    for row, sample in numbered:
+        block.append(_record(work, row, sample))
+        size += len(sample.image or b"")
+        rows = row + 1
+        if len(block) >= settings.rows_per_block or size >= settings.block_mib * 2**20:
+            yield pa.Table.from_pylist(block, SAMPLE)
+            block, size = [], 0
+    yield pa.Table.from_pylist([*block, _end_mark(work, rows)], SAMPLE)
+    observe(
+        stage="read", rows=rows, shards=1, bytes=work.shard.bytes, seconds=clock.seconds, peak_mib=peak_memory_mib()
+    )
+
+
+def _timed(samples: Iterator[tuple[int, Sample]], clock: Clock) -> Iterator[tuple[int, Sample]]:
+    while True:
+        with clock.running():
+            item = next(samples, None)
+        if item is None:
+            return
+        yield item
+
+
+def _place(work: Work, row: int, end: bool) -> dict[str, Any]:
+    shard = work.shard
+    return {
+        "shard": shard.id,
+        "shard_uri": shard.uri,
+        "version": shard.version,
+        "families": list(work.families),
+        "row": row,
+        "end": end,
+    }
+
+
+def _end_mark(work: Work, rows: int) -> dict[str, Any]:
+    return {**_place(work, rows, True), "captions": [], "has_image": False, "rejects": []}
+
+
+def _record(work: Work, row: int, sample: Sample) -> dict[str, Any]:
+    return {
+        **_place(work, row, False),
+        "key": sample.key,
+        "captions": sample.captions,
+        "has_image": sample.has_image,
+        "uri": sample.uri,
+        "offset": sample.offset,
+        "length": sample.length,
+        "row_group": sample.row_group,
+        "label": sample.label,
+        "metadata": json.dumps(sample.metadata, ensure_ascii=False, default=str),
+        "rejects": [asdict(reject) for reject in sample.rejects],
+        "image": sample.image,
+    }

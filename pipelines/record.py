@@ -1,0 +1,89 @@
+"""`run.json`: what an output was made with. What a recipe leaves open is resolved once and kept here."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict, replace
+from importlib.metadata import version
+from typing import Any
+
+from pydantic import BaseModel, TypeAdapter
+
+from pipelines.contracts import Modality
+from pipelines.encoders.base import EncoderSpec
+from pipelines.errors import LedgerError, PreflightError
+from pipelines.storage import Store
+
+FILE = "run.json"
+_LIBRARIES = ("vecmill", "ray", "torch", "transformers", "open_clip_torch", "timm", "pyarrow", "pillow", "numpy")
+
+
+class EncoderRecord(BaseModel):
+    """One encoder of an output, under the name of its folder in `embeddings/`."""
+
+    fingerprint: str
+    spec: dict[str, Any]
+    modalities: list[Modality]
+    batch_size: int
+    versions: dict[str, str]
+
+    def encoder_spec(self, options: dict[str, dict[str, Any]]) -> EncoderSpec:
+        return replace(TypeAdapter(EncoderSpec).validate_python(self.spec), options=options)
+
+
+class RunRecord(BaseModel):
+    """The whole of `run.json`. slices: how many slices each folder or manifest (by uri) is cut into,
+    which stays as first resolved."""
+
+    encoders: dict[str, EncoderRecord] = {}
+    slices: dict[str, int] = {}
+    settings: dict[str, Any] = {}
+
+
+def read_record(store: Store) -> RunRecord:
+    """Empty where the output is new."""
+    try:
+        data = store.read(FILE)
+    except (FileNotFoundError, NotADirectoryError):
+        return RunRecord()
+    try:
+        return RunRecord.model_validate_json(data)
+    except ValueError as error:
+        raise LedgerError(f"{store.uri(FILE)} is not a run record: {error}", "Is this a vecmill output?") from None
+
+
+def write_record(store: Store, record: RunRecord) -> None:
+    store.put_atomic(FILE, json.dumps(record.model_dump(), indent=2, sort_keys=True).encode())
+
+
+def encoder_record(spec: EncoderSpec, modalities: tuple[Modality, ...], batch_size: int) -> EncoderRecord:
+    fields = asdict(replace(spec, options={}))
+    return EncoderRecord(
+        fingerprint=spec.fingerprint,
+        spec=json.loads(json.dumps(fields)),
+        modalities=list(modalities),
+        batch_size=batch_size,
+        versions={library: version(library) for library in _LIBRARIES},
+    )
+
+
+def require_same(folder: str, recorded: EncoderRecord, spec: EncoderSpec) -> None:
+    """Raises: PreflightError that shows how `spec` differs from what made the output's `folder`."""
+    if recorded.fingerprint == spec.fingerprint:
+        return
+    before = recorded.encoder_spec(spec.options).identity()
+    shown = "\n  ".join(differences(before, spec.identity()))
+    raise PreflightError(
+        f"embeddings/{folder} was made by another encoder:\n  {shown}",
+        "Vectors of the two do not mix. Give this one a new name with --name, or restore the settings above.",
+    )
+
+
+def differences(before: Any, after: Any, path: str = "") -> list[str]:
+    """`path: before → after`, a line for each value that differs between two JSON values."""
+    if isinstance(before, dict) and isinstance(after, dict):
+        keys = sorted(before.keys() | after.keys())
+        return [
+            line for key in keys for line in differences(before.get(key), after.get(key), f"{path}.{key}".lstrip("."))
+        ]
+    return [] if before == after else [f"{path}: {before!r} → {after!r}"]

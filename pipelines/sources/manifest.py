@@ -1,0 +1,136 @@
+"""Manifests: JSON lines, CSV, or Karpathy's JSON, of a path and captions a row.
+
+A shard is a slice of the manifest: the rows whose key hashes to it.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterator
+from itertools import groupby
+from typing import Any
+
+from pipelines.config import ReadConfig
+from pipelines.contracts import Sample, Shard
+from pipelines.errors import ChangedInputError, InputError
+from pipelines.sources.columns import columns_of, key_in, reference_in, sample_of
+from pipelines.sources.fetch import fetch_image, in_order
+from pipelines.sources.identity import shard_id, slice_count, slice_of, slice_piece
+from pipelines.sources.members import rejected_row, without_repeats
+from pipelines.sources.rows import Row, rows
+from pipelines.sources.text import Fault, as_list, printable
+from pipelines.storage import Store
+
+
+def plan(uri: str, settings: ReadConfig, store: Store, slices: dict[str, int]) -> list[Shard]:
+    """One shard a slice. The manifest is read through once to know what each slice holds, and once more the
+    first time, to count it; the number of slices is looked up in `slices` or put there.
+
+    Raises: InputError where it holds no row, or the first has neither an image nor a caption.
+    """
+    if uri not in slices:
+        slices[uri] = slice_count(_count(uri, settings, store), settings.samples_per_slice)
+    count = slices[uri]
+    digests = [hashlib.sha256() for _ in range(count)]
+    sizes = [0] * count
+    for row in rows(uri, store, settings.splits):
+        k = slice_of(key_of(row, settings), count)
+        digests[k].update(row.digest.encode())
+        sizes[k] += len(row.raw)
+    return [
+        Shard(shard_id(uri, slice_piece((k, count))), uri, "manifest", h.hexdigest()[:12], sizes[k], slice=(k, count))
+        for k, h in enumerate(digests)
+    ]
+
+
+def samples(shard: Shard, settings: ReadConfig, store: Store) -> Iterator[Sample]:
+    """In the order of the manifest; rows that follow each other and name one image are one sample.
+
+    Raises: ChangedInputError where the slice was not what was planned.
+    """
+
+    def finish(made: tuple[Sample, str | None]) -> Sample:
+        return fetch_image(made[0], made[1], shard.uri, store, settings.max_image_bytes)
+
+    yield from without_repeats(in_order(finish, _samples(shard, settings, store)))
+
+
+def key_of(row: Row, settings: ReadConfig) -> str:
+    """The row's key column, else its image's path as written, else a digest of the row, all of which stay
+    when rows are added above it."""
+    if row.values is None:
+        return f"bad-{row.digest}"
+    columns = columns_of(row.values, settings)
+    reference = reference_in(row.values.get(columns.image)) if columns.image else None
+    return key_in(row.values, columns) or printable(reference or f"row-{row.digest}")
+
+
+def _count(uri: str, settings: ReadConfig, store: Store) -> int:
+    count = 0
+    for row in rows(uri, store, settings.splits):
+        if count == 0 and row.values is not None:
+            _require_columns(uri, row.values, settings)
+        count += 1
+    if not count:
+        taken = f" of the splits {', '.join(settings.splits)}" if settings.splits else ""
+        raise InputError(f"{uri} has no rows{taken}", "Check the file and the setting read.splits.")
+    return count
+
+
+def _require_columns(uri: str, values: dict[str, Any], settings: ReadConfig) -> None:
+    columns = columns_of(values, settings)
+    if columns.image is None and columns.caption is None:
+        raise InputError(
+            f"{uri} has no field known as an image or a caption; its first row has: {', '.join(map(str, values))}",
+            "Name them with read.image_column and read.caption_column.",
+        )
+
+
+def _samples(shard: Shard, settings: ReadConfig, store: Store) -> Iterator[tuple[Sample, str | None]]:
+    part, slices = shard.slice or (0, 1)
+    digest = hashlib.sha256()
+
+    def members() -> Iterator[Row]:
+        for row in rows(shard.uri, store, settings.splits):
+            if slice_of(key_of(row, settings), slices) == part:
+                digest.update(row.digest.encode())
+                yield row
+
+    for (key, _), group in groupby(members(), key=lambda row: _identity(row, settings)):
+        yield _sample(key, list(group), shard, settings)
+    if digest.hexdigest()[:12] != shard.version:
+        raise ChangedInputError(f"{shard.uri} has changed since the run was planned", "Run the same command again.")
+
+
+def _identity(row: Row, settings: ReadConfig) -> tuple[str, str]:
+    """What rows of one sample share: key and image. Rows without an image share nothing."""
+    columns = columns_of(row.values or {}, settings)
+    image = (row.values or {}).get(columns.image) if columns.image else None
+    return key_of(row, settings), str(image) if image else f"row {row.number}"
+
+
+def _sample(key: str, group: list[Row], shard: Shard, settings: ReadConfig) -> tuple[Sample, str | None]:
+    first = group[0]
+    if first.values is None:
+        fault = Fault("bad_manifest_line", printable(f"row {first.number}: {first.fault}"))
+        return rejected_row(key, shard.uri, fault), None
+    try:
+        sample, reference = sample_of(
+            _merged([row.values or {} for row in group], settings), columns_of(first.values, settings), key, settings
+        )
+    except ValueError as error:
+        return rejected_row(key, shard.uri, Fault("bad_manifest_line", f"row {first.number}: {error}")), None
+    sample.uri = sample.uri or shard.uri
+    return sample, reference
+
+
+def _merged(group: list[dict[str, Any]], settings: ReadConfig) -> dict[str, Any]:
+    """One row with the captions of all; what the others say differently is kept under `_rows`."""
+    first, *others = group
+    caption = columns_of(first, settings).caption
+    if not others:
+        return first
+    captions = [text for row in group for text in as_list(row.get(caption))] if caption else []
+    differences = [{k: v for k, v in row.items() if k != caption and first.get(k) != v} for row in others]
+    merged = {**first, caption: captions} if caption else dict(first)
+    return merged | ({"_rows": differences} if any(differences) else {})

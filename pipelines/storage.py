@@ -1,0 +1,424 @@
+"""fsspec in and out: open, list, put_atomic, put_if_absent. The only file that knows s3 from local.
+
+Everything here may be called again after a crash or a lost acknowledgement: a put is whole or
+absent, `put_if_absent` has one winner, and a read that breaks off is taken up where it stopped.
+"""
+
+from __future__ import annotations
+
+import errno
+import io
+import os
+import shutil
+import tempfile
+import uuid
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
+from dataclasses import dataclass, field
+from datetime import datetime
+from functools import partial
+from pathlib import Path
+from typing import Any, TypeVar
+
+import fsspec
+from fsspec.utils import get_protocol
+from tenacity import Retrying, retry_if_exception, stop_after_attempt, wait_random_exponential
+
+from pipelines.contracts import Entry
+from pipelines.errors import AccessError, InputError, StorageError
+
+T = TypeVar("T")
+
+READ_BLOCK_BYTES = 8 * 2**20
+ATTEMPTS = 6
+LIST_THREADS = 32
+
+# An answer, not a fault: asking again gives the same.
+_FINAL = (FileNotFoundError, FileExistsError, PermissionError, IsADirectoryError, NotADirectoryError)
+_FINAL_ERRNO = {errno.ENOSPC, errno.EROFS, errno.EINVAL, errno.EACCES, errno.ENAMETOOLONG}
+_PASSING_STATUS = {408, 425, 429}
+_CLIENTS = {"aiohttp", "botocore", "aiobotocore", "urllib3"}
+
+
+def _is_of_storage(error: BaseException) -> bool:
+    return isinstance(error, OSError) or type(error).__module__.split(".")[0] in _CLIENTS
+
+
+def _fault(error: BaseException) -> BaseException:
+    """fsspec tells whatever goes wrong while it looks up a web page as a file that is not there."""
+    cause = error.__cause__
+    hidden = isinstance(error, FileNotFoundError) and type(cause).__module__.startswith("aiohttp")
+    return cause if hidden and cause else error
+
+
+def _is_transient(error: BaseException) -> bool:
+    error = _fault(error)
+    if isinstance(error, _FINAL) or (isinstance(error, OSError) and error.errno in _FINAL_ERRNO):
+        return False
+    status = getattr(error, "status", None)
+    refused = isinstance(status, int) and 400 <= status < 500 and status not in _PASSING_STATUS
+    return _is_of_storage(error) and not refused
+
+
+def _retrying(call: Callable[[], T], what: str) -> T:
+    """call(), again with backoff and jitter while the fault is one that passes.
+
+    Raises: StorageError naming `what` when it does not pass, AccessError (a PermissionError too) where
+    storage refuses; other final answers (FileNotFoundError, …) as they are.
+    """
+    attempts = Retrying(
+        retry=retry_if_exception(_is_transient),
+        stop=stop_after_attempt(ATTEMPTS),
+        wait=wait_random_exponential(multiplier=0.2, max=10),
+        reraise=True,
+    )
+    try:
+        return attempts(call)
+    except PermissionError as error:
+        raise AccessError(
+            f"{what}: access was refused: {error}", "Check the credentials and what they allow."
+        ) from error
+    except Exception as error:
+        is_answer = isinstance(error, _FINAL) and not _is_transient(error)
+        if is_answer or not _is_of_storage(error):
+            raise
+        fault = _fault(error)
+        raise StorageError(
+            f"{what}: {type(fault).__name__}: {fault}",
+            "Check that the storage is reachable and has room, then run the same command again.",
+        ) from error
+
+
+def protocol_of(uri: str) -> str:
+    return str(get_protocol(uri))
+
+
+def whole_uri(uri: str) -> str:
+    """The one spelling of an object's address that listings use too; local paths become absolute.
+
+    Raises: ValueError or ImportError for a protocol that is unknown or not installed.
+    """
+    kind = fsspec.get_filesystem_class(protocol_of(uri))
+    bare = str(kind._strip_protocol(uri))
+    names = (kind.protocol,) if isinstance(kind.protocol, str) else kind.protocol
+    if is_local(uri) or any(bare.startswith(f"{name}://") for name in names):
+        return bare
+    return f"{names[0]}://{bare}"
+
+
+def is_local(uri: str) -> bool:
+    return protocol_of(uri) in ("file", "local")
+
+
+@dataclass(frozen=True)
+class Store:
+    """A folder in any storage fsspec opens; paths are relative to it (or whole, with root "").
+
+    options: keyword arguments of the file system by protocol, as in
+        `{"s3": {"endpoint_url": "http://localhost:9000"}}`. Pickles without its connections.
+    """
+
+    root: str = ""
+    options: dict[str, dict[str, Any]] = field(default_factory=dict, hash=False, repr=False)
+
+    def uri(self, path: str = "") -> str:
+        return f"{self.root.rstrip('/')}/{path}".rstrip("/") if self.root else path
+
+    def _fs(self, path: str) -> tuple[Any, str]:
+        uri = self.uri(path)
+        protocol = get_protocol(uri)
+        defaults: dict[str, Any] = {"auto_mkdir": True} if protocol in ("file", "local") else {}
+        if protocol not in ("file", "local", "memory"):
+            defaults["use_listings_cache"] = False
+        fs, bare = fsspec.core.url_to_fs(uri, **{**defaults, **self.options.get(protocol, {})})
+        return fs, bare
+
+    # -- reading ---------------------------------------------------------------------------------
+
+    def read(self, path: str) -> bytes:
+        """The whole object. Raises FileNotFoundError."""
+        fs, bare = self._fs(path)
+        return bytes(_retrying(lambda: fs.cat_file(bare), f"Cannot read {self.uri(path)}"))
+
+    def read_many(self, paths: Iterable[str]) -> Iterator[bytes]:
+        """Many small objects at once, in order."""
+        with ThreadPoolExecutor(LIST_THREADS) as pool:
+            yield from pool.map(self.read, paths)
+
+    def open(self, path: str) -> io.BufferedReader:
+        """A seekable stream that resumes where a broken connection left it."""
+        return io.BufferedReader(_ResumingStream(self, path), READ_BLOCK_BYTES)
+
+    def stat(self, path: str) -> Entry:
+        """Raises FileNotFoundError."""
+        fs, bare = self._fs(path)
+        info = _retrying(lambda: fs.info(bare), f"Cannot look up {self.uri(path)}")
+        return Entry(self.uri(path), int(info.get("size") or 0), _etag(info))
+
+    def exists(self, path: str) -> bool:
+        try:
+            self.stat(path)
+        except FileNotFoundError:
+            return False
+        return True
+
+    def names(self, path: str) -> list[str]:
+        """Names, relative to `path`, of every object below it; empty where there is none."""
+        fs, bare = self._fs(path)
+        start = len(bare.rstrip("/")) + 1
+
+        def find() -> list[str]:
+            try:
+                return [str(name)[start:] for name in fs.find(bare)]
+            except (FileNotFoundError, NotADirectoryError):
+                return []
+
+        return _retrying(find, f"Cannot list {self.uri(path)}")
+
+    def entries(self, path: str) -> list[Entry]:
+        """Every object below `path` with its size and etag, sorted by name."""
+        fs, bare = self._fs(path)
+
+        def find() -> list[Entry]:
+            try:
+                return _files(fs, fs.find(bare, detail=True).values())
+            except (FileNotFoundError, NotADirectoryError):
+                return []
+
+        return _retrying(find, f"Cannot list {self.uri(path)}")
+
+    def glob(self, pattern: str) -> list[Entry]:
+        """Objects that match a pattern of `*`, `?`, `[…]` and `**`, sorted by name."""
+        fs, bare = self._fs(pattern)
+
+        return _retrying(lambda: _files(fs, fs.glob(bare, detail=True).values()), f"Cannot list {self.uri(pattern)}")
+
+    def _children(self, folder: str) -> list[Entry]:
+        """Objects right in a folder. Its name is no pattern, whatever signs are in it."""
+        fs, bare = self._fs(folder)
+
+        def list_folder() -> list[Entry]:
+            try:
+                return _files(fs, fs.ls(bare, detail=True))
+            except (FileNotFoundError, NotADirectoryError):
+                return []
+
+        return _retrying(list_folder, f"Cannot list {self.uri(folder)}")
+
+    def is_folder(self, path: str) -> bool:
+        fs, bare = self._fs(path)
+        return bool(_retrying(lambda: fs.isdir(bare), f"Cannot look up {self.uri(path)}"))
+
+    def stat_many(self, uris: list[str]) -> list[Entry]:
+        """Sizes and etags of many objects, by one listing for each folder where that is cheaper.
+
+        Raises: InputError naming the first few that are missing.
+        """
+        folders: dict[str, list[str]] = {}
+        for uri in uris:
+            folders.setdefault(uri.rpartition("/")[0], []).append(uri)
+        known: dict[str, Entry] = {}
+        with ThreadPoolExecutor(LIST_THREADS) as pool:
+            for folder, members in folders.items():
+                if len(members) > LIST_THREADS and get_protocol(folder) not in ("http", "https"):
+                    known |= {_plain(entry.uri): entry for entry in self._children(folder)}
+                else:
+                    for uri, found in zip(members, pool.map(self._stat_or_none, members), strict=True):
+                        if found is not None:
+                            known[_plain(uri)] = found
+        missing = [uri for uri in uris if _plain(uri) not in known]
+        if missing:
+            raise InputError(
+                f"{len(missing)} of {len(uris)} input objects do not exist: {', '.join(missing[:3])}",
+                "Check the names (a brace range names every number in it), or use a glob.",
+            )
+        return [known[_plain(uri)] for uri in uris]
+
+    def _stat_or_none(self, uri: str) -> Entry | None:
+        try:
+            return self.stat(uri)
+        except FileNotFoundError:
+            return None
+
+    # -- writing ---------------------------------------------------------------------------------
+
+    def put_atomic(self, path: str, data: bytes | Path) -> None:
+        """Bytes or a local file under its final name, whole or not at all; replaces what was there."""
+        fs, bare = self._fs(path)
+        if is_local(self.uri(path)):
+            _retrying(lambda: _put_local(bare, data, os.replace), f"Cannot write {self.uri(path)}")
+        elif isinstance(data, bytes):
+            _retrying(lambda: fs.pipe_file(bare, data), f"Cannot write {self.uri(path)}")
+        else:
+            _retrying(lambda: fs.put_file(str(data), bare), f"Cannot write {self.uri(path)}")
+
+    def put_if_absent(self, path: str, data: bytes) -> bool:
+        """True where this call created the object, False where one was there already.
+
+        After a lost acknowledgement it may be ours and yet answer False: read it to know.
+        """
+        fs, bare = self._fs(path)
+
+        def put() -> bool:
+            try:
+                if is_local(self.uri(path)):
+                    _put_local(bare, data, os.link)
+                else:
+                    fs.pipe_file(bare, data, mode="create")
+            except FileExistsError:
+                return False
+            except OSError as error:
+                # Ceph's gateway answers a lost race with EINVAL.
+                if error.errno == errno.EINVAL and fs.exists(bare):
+                    return False
+                raise
+            return True
+
+        return _retrying(put, f"Cannot write {self.uri(path)}")
+
+    def copy(self, source: str, target: str) -> None:
+        """Raises FileNotFoundError where the source is gone."""
+        fs, bare_source = self._fs(source)
+        _, bare_target = self._fs(target)
+        what = f"Cannot copy {self.uri(source)} to {self.uri(target)}"
+        if is_local(self.uri(target)):
+            _retrying(lambda: _put_local(bare_target, Path(bare_source), os.replace), what)
+        else:
+            _retrying(lambda: fs.cp_file(bare_source, bare_target), what)
+
+    def delete(self, paths: Iterable[str]) -> None:
+        """Those that are already gone are no error."""
+        for path in paths:
+            fs, bare = self._fs(path)
+            with suppress(FileNotFoundError):
+                _retrying(partial(fs.rm_file, bare), f"Cannot delete {self.uri(path)}")
+
+    def delete_folder(self, path: str) -> None:
+        self.delete(f"{path}/{name}" for name in self.names(path))
+        if is_local(self.uri(path)):
+            shutil.rmtree(self._fs(path)[1], ignore_errors=True)
+
+
+def _plain(uri: str) -> str:
+    return uri.removeprefix("file://").removeprefix("local://")
+
+
+def _entry(fs: Any, info: dict[str, Any]) -> Entry:
+    return Entry(_plain(fs.unstrip_protocol(info["name"])), int(info.get("size") or 0), _etag(info))
+
+
+def _files(fs: Any, found: Iterable[dict[str, Any]]) -> list[Entry]:
+    """Sorted by name. A listing tells of a symbolic link itself, and of what it leads to only when asked."""
+    followed = (_followed(fs, info) if info.get("islink") else info for info in found)
+    return sorted((_entry(fs, info) for info in followed if info["type"] == "file"), key=lambda entry: entry.uri)
+
+
+def _followed(fs: Any, info: dict[str, Any]) -> dict[str, Any]:
+    try:
+        return dict(fs.info(info["name"]))
+    except FileNotFoundError:
+        return {**info, "type": "broken link"}
+
+
+def _etag(info: dict[str, Any]) -> str:
+    """A token that changes when the object does, from whatever the file system tells."""
+    for field_name in ("ETag", "etag", "md5Hash", "mtime", "LastModified", "Last-Modified", "created"):
+        value = info.get(field_name)
+        if value:
+            # Some file systems tell a time as a datetime in one call and as seconds in another.
+            return str(value.timestamp() if isinstance(value, datetime) else value).strip('"')
+    return ""
+
+
+def _put_local(target: str, data: bytes | Path, place: Callable[[str, str], None]) -> None:
+    """Writes beside the target under a name no reader takes for a part, then `place`s it."""
+    os.makedirs(os.path.dirname(target), exist_ok=True)
+    temporary = f"{target}.{uuid.uuid4().hex}.tmp"
+    try:
+        if isinstance(data, bytes):
+            with open(temporary, "wb") as file:
+                file.write(data)
+        else:
+            shutil.copyfile(data, temporary)
+        place(temporary, target)
+    finally:
+        with suppress(FileNotFoundError):
+            os.unlink(temporary)
+
+
+class _ResumingStream(io.RawIOBase):
+    """Reads an object; a fault that passes reopens it at the same position."""
+
+    def __init__(self, store: Store, path: str) -> None:
+        self._store, self._path = store, path
+        self._at, self._block_bytes = 0, READ_BLOCK_BYTES
+        self._file: Any = None
+        self._reopen()
+
+    def _reopen(self) -> None:
+        fs, bare = self._store._fs(self._path)
+
+        def open_here() -> Any:
+            file = fs.open(bare, "rb", block_size=self._block_bytes)
+            _go_to(file, self._at)
+            return file
+
+        self._file = _retrying(open_here, f"Cannot open {self._store.uri(self._path)}")
+
+    def readinto(self, buffer: Any) -> int:
+        def read() -> bytes:
+            try:
+                return bytes(self._file.read(len(buffer)))
+            except ValueError:
+                # A web server that knows no ranges, as shows only past the first block: streamed from here on.
+                self._block_bytes = 0
+                self._reopen()
+                return bytes(self._file.read(len(buffer)))
+            except Exception:
+                self._reopen()
+                raise
+
+        data = _retrying(read, f"Cannot read {self._store.uri(self._path)} at byte {self._at}")
+        buffer[: len(data)] = data
+        self._at += len(data)
+        return len(data)
+
+    def readable(self) -> bool:
+        return True
+
+    def seekable(self) -> bool:
+        return bool(self._file.seekable())
+
+    def seek(self, offset: int, whence: int = os.SEEK_SET) -> int:
+        try:
+            self._at = int(self._file.seek(offset, whence))
+        except ValueError as error:
+            what = f"Cannot seek in {self._store.uri(self._path)}: {error}"
+            raise StorageError(what, "Copy it to storage that answers range requests.") from error
+        return self._at
+
+    def tell(self) -> int:
+        return self._at
+
+    def close(self) -> None:
+        if not self.closed and self._file is not None:
+            self._file.close()
+        super().close()
+
+
+def _go_to(file: Any, position: int) -> None:
+    """Of a freshly opened file. A web server that knows no ranges is read up to the position again."""
+    try:
+        file.seek(position)
+    except ValueError:
+        while position:
+            skipped = len(file.read(min(position, READ_BLOCK_BYTES)))
+            if not skipped:
+                raise OSError(f"the object ends {position} bytes early") from None
+            position -= skipped
+
+
+def scratch_folder() -> tempfile.TemporaryDirectory[str]:
+    """A folder on local disk for one piece of work, gone with its context."""
+    return tempfile.TemporaryDirectory(prefix="vecmill-")

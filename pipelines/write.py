@@ -1,0 +1,138 @@
+"""The write operator: groups what arrives by shard and family, and commits the shards that are whole.
+
+Write first, list second: whoever puts a fragment then lists them, so the last writer sees all and no
+coordinator is needed. Ray may retry a write without end, so every step may be done again.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.compute as pc
+from ray.data import Datasink
+
+from pipelines.config import WriteConfig
+from pipelines.families import Family
+from pipelines.fragments import is_whole
+from pipelines.ledger import Commit, CommitRef, commit, place, read_commit, retire, staging_folder
+from pipelines.merge import list_fragments, merge, put_fragments
+from pipelines.observe import Clock, Observe, nowhere, peak_memory_mib
+from pipelines.storage import Store
+
+
+class EmbeddingSink(Datasink[None]):
+    """Takes encoded blocks of any shards in any order.
+
+    families: by name, those that a row's `families` may name. uris: of the shards, for the commits.
+    changed: commits of older versions, retired when a shard's new version commits.
+    """
+
+    def __init__(
+        self,
+        store: Store,
+        families: dict[str, Family],
+        write: WriteConfig,
+        changed: dict[str, list[CommitRef]] | None = None,
+        observe: Observe = nowhere,
+    ) -> None:
+        self._store, self._families, self._write = store, families, write
+        self._changed, self._observe = changed or {}, observe
+
+    def get_name(self) -> str:
+        return "Write"
+
+    @property
+    def min_rows_per_write(self) -> int | None:
+        return self._write.rows_per_task
+
+    def write(self, blocks: Iterable[pa.Table], ctx: Any) -> None:
+        """Runs in a task, perhaps more than once on the same blocks."""
+        clock = Clock()
+        with clock.running():
+            arrived = pa.concat_tables([block for block in blocks if block.num_rows], promote_options="permissive")
+            commits = [done for shard in _shards_of(arrived) for done in self._write_shard(shard)]
+        self._observe(
+            stage="write",
+            rows=arrived.num_rows,
+            seconds=clock.seconds,
+            shards=len({done.shard for done in commits}),
+            peak_mib=peak_memory_mib(),
+        )
+
+    def _write_shard(self, rows: pa.Table) -> list[Commit]:
+        """Writes rows of one shard to each family it still lacks; the commits that this made whole."""
+        first = rows.slice(0, 1).select(["shard", "shard_uri", "version", "families"]).to_pylist()[0]
+        ends = rows.filter(rows["end"])
+        end = ends["row"][0].as_py() if ends.num_rows else None
+        body = _distinct(rows.filter(pc.invert(rows["end"])))
+        older = self._changed.get(first["shard"], [])
+        standing = []
+        for name in first["families"]:
+            ref = CommitRef(name, first["shard"], first["version"], 0)
+            incoming = Incoming(ref, first["shard_uri"], body, end, [old for old in older if old.family == name])
+            standing.append(write_family(self._store, self._families[name], incoming, self._write))
+        return [done for done in standing if done]
+
+
+@dataclass(frozen=True)
+class Incoming:
+    """Rows of one shard (sorted, distinct) for one family, and the number of its rows where the end mark came.
+
+    older: commits of earlier versions of the shard, to be retired when this one commits.
+    """
+
+    ref: CommitRef
+    uri: str
+    rows: pa.Table
+    end: int | None
+    older: list[CommitRef] = field(default_factory=list)
+
+
+def write_family(store: Store, family: Family, incoming: Incoming, write: WriteConfig) -> Commit | None:
+    """Puts the rows in staging; where that makes the shard whole, merges, commits and places it.
+
+    Returns the commit that stands, None while the shard is not whole.
+    """
+    ref = incoming.ref
+    staging = staging_folder(ref.family, ref.shard, ref.version, family.fingerprint)
+    put_fragments(store, staging, incoming.rows.select(family.columns), incoming.end)
+    fragments = list_fragments(store, staging)
+    if not is_whole(fragments):
+        return None
+    try:
+        candidate = merge(store, family, ref, incoming.uri, staging, fragments, write)
+    except FileNotFoundError:
+        return _commit_of_another(store, ref)
+    standing = commit(store, candidate)
+    if standing.attempt != candidate.attempt:
+        store.delete(part.staged for part in candidate.parts)
+    for old in incoming.older:
+        retire(store, old)
+    place(store, standing)
+    return standing
+
+
+def _commit_of_another(store: Store, ref: CommitRef) -> Commit:
+    """A fragment is missing only where another attempt has committed and cleared the staging."""
+    standing = read_commit(store, ref)
+    place(store, standing)
+    return standing
+
+
+def _shards_of(rows: pa.Table) -> list[pa.Table]:
+    keys = rows.select(["shard", "version"]).group_by(["shard", "version"]).aggregate([]).to_pylist()
+    return [
+        rows.filter(pc.and_(pc.equal(rows["shard"], key["shard"]), pc.equal(rows["version"], key["version"])))
+        for key in keys
+    ]
+
+
+def _distinct(rows: pa.Table) -> pa.Table:
+    """Rows in order, each number once: a retried read may deliver some of them twice."""
+    rows = rows.sort_by("row")
+    numbers = rows["row"].to_numpy()
+    keep = pa.array([True, *(numbers[1:] != numbers[:-1])][: len(numbers)], pa.bool_())
+    return rows.filter(keep)

@@ -1,0 +1,94 @@
+"""One local Ray, one object store and one small checkpoint for all flow tests of a session."""
+
+import os
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests import ceph
+from tests.checkpoints import save_open_clip
+
+QUIET = {"RAY_USAGE_STATS_ENABLED": "0", "RAY_DATA_DISABLE_PROGRESS_BARS": "1", "OMP_NUM_THREADS": "1"}
+
+
+ATTEMPTS = 3
+
+
+def start(folder: str) -> None:
+    """Ray gives its raylet 30 s to start, fixed in its code, which a busy machine may need twice."""
+    import ray
+
+    for left in reversed(range(ATTEMPTS)):
+        try:
+            ray.init(
+                num_cpus=4,
+                object_store_memory=512 * 2**20,
+                include_dashboard=False,
+                log_to_driver=False,
+                _temp_dir=folder,
+            )
+            return
+        except Exception:
+            ray.shutdown()
+            if not left:
+                raise
+
+
+@pytest.fixture(scope="session")
+def ray_local() -> Iterator[str]:
+    """Ray with 4 CPUs in this process's own session folder, whose path must stay short for its sockets.
+
+    Yields its address, for runs in processes of their own.
+    """
+    before = {name: os.environ.get(name) for name in QUIET}
+    os.environ.update(QUIET)
+    import ray
+
+    with tempfile.TemporaryDirectory(prefix="vm", ignore_cleanup_errors=True) as folder:
+        start(folder)
+        yield ray.get_runtime_context().gcs_address
+        ray.shutdown()
+    for name, value in before.items():
+        os.environ.pop(name, None)
+        if value is not None:
+            os.environ[name] = value
+
+
+@pytest.fixture(scope="session")
+def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A small open_clip model with random weights, in a local-dir."""
+    return save_open_clip(tmp_path_factory.mktemp("checkpoint") / "clip")
+
+
+@pytest.fixture(scope="session")
+def object_store() -> Iterator[str]:
+    """The URL of an S3 server on loopback. moto: conditional puts and listings as S3's."""
+    from moto.server import ThreadedMotoServer
+
+    server = ThreadedMotoServer("127.0.0.1", 0, verbose=False)
+    server.start()
+    host, port = server.get_host_and_port()
+    yield f"http://{host}:{port}"
+    server.stop()
+
+
+@pytest.fixture(scope="session")
+def ceph_store() -> Iterator[dict[str, Any]]:
+    """Storage settings of a Ceph object gateway on loopback."""
+    missing = ceph.missing_programs()
+    if missing:
+        pytest.skip(f"Ceph is not installed here: {', '.join(missing)}")
+    with tempfile.TemporaryDirectory(prefix="vm", ignore_cleanup_errors=True) as folder, ceph.Ceph(Path(folder)) as run:
+        yield {"s3": {"endpoint_url": run.url, "key": ceph.KEY, "secret": ceph.SECRET}}
+
+
+@pytest.fixture(scope="session")
+def s3(request: pytest.FixtureRequest) -> dict[str, Any]:
+    """Storage settings of the most real S3 server there is here: Ceph's, else moto's."""
+    if not ceph.missing_programs():
+        return dict(request.getfixturevalue("ceph_store"))
+    url = request.getfixturevalue("object_store")
+    return {"s3": {"endpoint_url": url, "key": ceph.KEY, "secret": ceph.SECRET}}

@@ -1,0 +1,45 @@
+"""What an output holds, read with pyarrow alone, for comparing two of them."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pyarrow.parquet as pq
+
+from pipelines.storage import Store
+
+PLACE = ["shard", "row", "caption_index", "key", "modality", "reason"]
+
+
+def datasets(store: Store) -> dict[str, list[str]]:
+    """Part names, sorted, by data set."""
+    found: dict[str, list[str]] = {}
+    for top in ("samples", "embeddings", "rejects"):
+        for name in store.names(top):
+            folder, _, part = f"{top}/{name}".rpartition("/")
+            found.setdefault(folder, []).append(part)
+    return {dataset: sorted(parts) for dataset, parts in found.items()}
+
+
+def read_part(store: Store, path: str) -> Any:
+    with store.open(path) as file:
+        return pq.read_table(file)
+
+
+def assert_same(store: Store, reference: Store, tolerance: float = 2e-3) -> None:
+    """Bit for bit in parts, rows and keys; within `tolerance` in vectors."""
+    assert datasets(store) == datasets(reference)
+    for dataset, parts in datasets(store).items():
+        for part in parts:
+            ours, theirs = (read_part(one, f"{dataset}/{part}") for one in (store, reference))
+            place = [name for name in PLACE if name in ours.column_names]
+            assert ours.select(place).equals(theirs.select(place)), f"{dataset}/{part}"
+            if "embedding" in ours.column_names:
+                assert np.allclose(vectors(ours), vectors(theirs), atol=tolerance), f"{dataset}/{part}"
+
+
+def vectors(table: Any) -> np.ndarray:
+    """float32 [rows, dim]."""
+    column = table["embedding"].combine_chunks()
+    return column.flatten().to_numpy().astype(np.float32).reshape(len(column), column.type.list_size)

@@ -1,0 +1,76 @@
+"""Mistakes that show only once a cluster is there, and what the verbs say about an output."""
+
+from __future__ import annotations
+
+import json
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import pytest
+
+from pipelines.scenes import write_shards
+from tests.flow.runs import vecmill
+
+pytestmark = pytest.mark.slow
+
+NO_ENCODER = "open_clip:local-dir:/no/such/folder"
+
+
+@pytest.fixture
+def shards(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[Path]:
+    """In `shards` of the working folder, which is new."""
+    monkeypatch.chdir(tmp_path)
+    return write_shards(Path("shards"), samples=20, shards=2, broken=0)
+
+
+def embedding(checkpoint: Path, address: str, input: str = "shards", output: str = "out") -> list[str]:
+    encoder = f"open_clip:local-dir:{checkpoint}"
+    return [input, "--encoder", encoder, "--output", output, "--name", "clip", "--address", address]
+
+
+@pytest.mark.usefixtures("shards")
+def test_a_mistake_is_one_message_without_a_traceback(checkpoint: Path, ray_local: str) -> None:
+    right = embedding(checkpoint, ray_local)
+    mistakes = {
+        "none/*.tar matches nothing": ["plan", *embedding(checkpoint, ray_local, "none/*.tar")],
+        "4 of 6 input objects do not exist": [
+            "plan",
+            *embedding(checkpoint, ray_local, "shards/scenes-{00000..00005}.tar"),
+        ],
+        "There is no encoder family 'clap'": ["plan", *right, "--encoder", "clap:x"],
+        "/no/such/folder is no folder here": ["plan", *right, "--encoder", NO_ENCODER],
+        "9 actors of 1 CPUs": ["plan", *right, "--set", "encode.actors=9"],
+        "1 actors of 1 GPUs need 1; the cluster has 0": ["embed", *right, "--set", "encode.gpus_per_actor=1"],
+        "memory://x cannot be an output": ["embed", *embedding(checkpoint, ray_local, output="memory://x")],
+        "Cannot connect to Ray at 127.0.0.1:1": ["plan", *right, "--address", "127.0.0.1:1"],
+    }
+    with ThreadPoolExecutor(2) as pool:
+        said = pool.map(lambda words: vecmill(*words, status=2), mistakes.values())
+        for told, printed in zip(mistakes, said, strict=True):
+            assert told in printed and "Traceback" not in printed, printed
+            assert printed.count("vecmill: ") == 1
+    assert not Path("out").exists()
+
+
+def test_an_output_tells_of_itself_from_any_folder(
+    shards: list[Path], checkpoint: Path, ray_local: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    command = embedding(checkpoint, ray_local)
+    assert "2 shards embedded, 0 were done before" in vecmill("embed", *command)
+    assert "pending      0 (0 B)" in vecmill("plan", *command)
+    assert "normalize: True → False" in vecmill("plan", *command, "--set", "encode.normalize=false", status=2)
+
+    Path("elsewhere").mkdir()
+    monkeypatch.chdir("elsewhere")
+    (facts,) = json.loads(vecmill("status", "../out", "--json")).values()
+    assert (facts["done"], facts["pending"], facts["items"]["image"]["embedded"]) == (2, 0, 20)
+    assert "Run `vecmill index` first" in vecmill("search", "../out", "--text", "a circle", status=1)
+    told = vecmill("search", "../out", "--image", "none.jpg", "--exact", status=2)
+    assert "The query image none.jpg cannot be read" in told and "Traceback" not in told
+
+    shards = [Path("..", path) for path in shards]
+    shards[1].unlink()
+    assert "2 done, 0 pending" not in vecmill("status", "../out")
+    shards[0].unlink()
+    printed = vecmill("status", "../out")
+    assert "2 done, unknown pending" in printed and "20 embedded" in printed

@@ -1,0 +1,247 @@
+"""The index from end to end on a real Ray: parts in, a release out, and every id back to where it came from."""
+
+import io
+import os
+import tracemalloc
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+import faiss
+import numpy as np
+import pyarrow as pa
+import pytest
+
+from pipelines.config import IndexConfig
+from pipelines.errors import ConfigError, IndexBuildError
+from pipelines.index.build import build_index
+from pipelines.index.release import Release, current_version, open_shard, read_release
+from pipelines.index.trace import trace
+from pipelines.index.tune import full_probe
+from pipelines.search import Searcher
+from pipelines.storage import Store
+from tests.indexed import ENCODER, everything, part_name, write_output, write_shard
+
+DIM = 32
+# Fewer queries and a short target only keep the tests quick.
+QUICK = {"recall_queries": 100, "max_query_ms": 0.5}
+SETTINGS = IndexConfig(index_key="OPQ8_32,IVF32,PQ8x4", shards=4, train_vectors=4_000, **QUICK)
+PARTS, ROWS = 30, 1_150
+
+
+VECTORS = tracemalloc.DomainFilter(True, np.lib.tracemalloc_domain)
+ARROW_BEFORE = 0
+
+
+@dataclass(frozen=True)
+class Metered(Store):
+    """A store that writes down, in every process that reads through it, the bytes that NumPy and Arrow
+    hold there since its first object was opened: a line as each object is opened, and one when the
+    process lets go of the store. What a step keeps of the parts before is held as the next is opened."""
+
+    log: str = ""
+
+    def open(self, path: str) -> io.BufferedReader:
+        global ARROW_BEFORE
+        if not tracemalloc.is_tracing():
+            ARROW_BEFORE = pa.total_allocated_bytes()
+            tracemalloc.start()
+        self.note(path)
+        return super().open(path)
+
+    def note(self, what: str) -> None:
+        arrays = tracemalloc.take_snapshot().filter_traces([VECTORS]).traces
+        held = sum(trace.size for trace in arrays) + pa.total_allocated_bytes() - ARROW_BEFORE
+        with Path(self.log).open("a") as log:
+            log.write(f"{os.getpid()} {held} {what}\n")
+
+    def __del__(self) -> None:
+        if tracemalloc.is_tracing():
+            self.note("done")
+            tracemalloc.stop()
+
+    def peaks(self) -> dict[int, int]:
+        """Bytes, by process."""
+        found: dict[int, int] = {}
+        for line in Path(self.log).read_text().splitlines():
+            pid, held, _ = line.split(" ", 2)
+            found[int(pid)] = max(found.get(int(pid), 0), int(held))
+        return found
+
+
+@pytest.fixture(scope="module")
+def output(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    root = tmp_path_factory.mktemp("output")
+    write_output(root, PARTS, ROWS, DIM, row_group=500)
+    return root
+
+
+@pytest.fixture(scope="module")
+def release(ray_local: None, output: Path) -> Release:
+    return build_index(Store(str(output)), ENCODER, "text", SETTINGS)
+
+
+def test_the_release_is_whole(output: Path, release: Release) -> None:
+    items, _ = everything(output, "text")
+    assert len(items) == release.parts.rows >= 50_000
+    assert (release.index_key, release.metric, release.parts.dim) == (SETTINGS.index_key, "ip", DIM)
+    assert len(release.shards) == 4 and sum(shard.rows for shard in release.shards) == len(items)
+    assert read_release(Store(str(output)), ENCODER, "text") == release
+    assert release.search_params.startswith("nprobe=")
+    figures = release.recall.figures["text"]
+    assert release.recall.queries == {"text": 100} and 0 < figures["recall@100"] <= 1
+    assert set(release.seconds) == set(release.peak_mib) == {"read", "train", "add", "tune", "recall"}
+    assert not [path for path in (output / "staging").rglob("*") if path.is_file()]
+    files = sorted(path.name for path in (output / release.folder).iterdir())
+    assert files == ["build.json", "manifest.json", *(shard.file for shard in release.shards)]
+
+
+def test_every_id_leads_back_to_its_key_and_vector(output: Path, release: Release) -> None:
+    store = Store(str(output))
+    items, vectors = everything(output, "text")
+    held: list[int] = []
+    for shard in release.shards:
+        index = open_shard(store, release.folder, shard)
+        ivf = faiss.extract_index_ivf(index)
+        for number in range(ivf.nlist):
+            size = ivf.invlists.list_size(number)
+            held += faiss.rev_swig_ptr(ivf.invlists.get_ids(number), size).tolist() if size else []
+    assert sorted(held) == list(range(len(items)))
+    for origin, item, vector in zip(trace(store, release, range(len(items))), items, vectors, strict=True):
+        assert (origin.shard, origin.row, origin.caption_index, origin.key) == (
+            item.shard,
+            item.row,
+            item.caption_index,
+            item.key,
+        )
+        assert (origin.vector == vector).all()
+
+
+def test_an_id_is_the_vector_it_was_added_as(output: Path, release: Release) -> None:
+    """Decoded codes lie nearer their own vector than those of any other of 400, nearly always."""
+    store = Store(str(output))
+    _, vectors = everything(output, "text")
+    for shard in release.shards:
+        index = open_shard(store, release.folder, shard)
+        faiss.extract_index_ivf(index).set_direct_map_type(faiss.DirectMap.Hashtable)
+        ids = np.random.default_rng(1).choice(shard.rows, 400, replace=False) + shard.first_id
+        codes = np.stack([index.reconstruct(int(id)) for id in ids])
+        apart = ((codes[:, None] - vectors[ids][None]) ** 2).sum(-1)
+        assert (apart.argmin(axis=1) == np.arange(400)).mean() > 0.7
+
+
+def test_full_probe_equals_exact_search_over_the_codes(output: Path, release: Release) -> None:
+    store = Store(str(output))
+    _, vectors = everything(output, "text")
+    queries = vectors[::5_000]
+    codes = np.empty_like(vectors)
+    for shard in release.shards:
+        index = open_shard(store, release.folder, shard)
+        faiss.extract_index_ivf(index).set_direct_map_type(faiss.DirectMap.Hashtable)
+        for id in range(shard.first_id, shard.first_id + shard.rows):
+            codes[id] = index.reconstruct(id)
+    found = Searcher(store, modality="text", params=full_probe(release.index_key)).nearest(queries, 50)
+    scores = queries @ codes.T
+    np.testing.assert_allclose(found.scores, -np.sort(-scores, axis=1)[:, :50], atol=1e-4)
+    np.testing.assert_allclose(np.take_along_axis(scores, found.ids, axis=1), found.scores, atol=1e-4)
+
+
+def test_search_finds_a_vector_and_its_caption(output: Path, release: Release) -> None:
+    items, vectors = everything(output, "text")
+    hits = Searcher(Store(str(output)), modality="text", exact=True).search(vectors[[12_345]], 3)
+    assert (hits[0][0].key, hits[0][0].caption_index) == (items[12_345].key, items[12_345].caption_index)
+    assert hits[0][0].caption == hits[0][0].captions[hits[0][0].caption_index or 0]
+
+
+def test_no_step_holds_all_parts(ray_local: None, output: Path, tmp_path: Path) -> None:
+    total = everything(output, "text")[1].nbytes
+    store = Metered(str(output), log=str(tmp_path / "held"))
+    settings = SETTINGS.model_copy(update={"shards": 2, "train_vectors": 3_000, "recall_queries": 20})
+    build_index(store, ENCODER, "text", settings, force=True)
+    Searcher(store, modality="text", exact=True).nearest(np.ones((2, DIM), np.float32), 10)
+    store.note("searched")
+    tracemalloc.stop()
+    peaks = store.peaks()
+    assert len(peaks) >= 2 and os.getpid() in peaks
+    assert max(peaks.values()) < total / 4, f"{peaks} bytes held at once, of {total} in all parts"
+    assert min(peaks.values()) > 0
+
+
+def test_nothing_changed_builds_nothing(ray_local: None, tmp_path: Path) -> None:
+    store = write_output(tmp_path, parts=4)
+    settings = IndexConfig(**QUICK)
+    first = build_index(store, ENCODER, "image", settings)
+    said: list[str] = []
+    assert build_index(store, ENCODER, "image", settings, said.append) == first
+    assert len(said) == 1 and "up to date" in said[0]
+    forced = build_index(store, ENCODER, "image", settings, force=True)
+    assert forced.version == "v0002" == current_version(store, f"index/{ENCODER}/image")
+    assert forced.parts == first.parts and forced.recall == first.recall
+    assert [shard.sha256 for shard in forced.shards] == [shard.sha256 for shard in first.shards]
+
+
+def test_captions_measure_an_image_index_too(ray_local: None, tmp_path: Path) -> None:
+    store = write_output(tmp_path, parts=4)
+    release = build_index(store, ENCODER, "image", IndexConfig(**QUICK))
+    assert release.index_key == "Flat"
+    assert release.recall.queries == {"image": 75, "text": 100}
+    assert all(figure == 1 for kind in release.recall.figures.values() for figure in kind.values())
+
+
+def test_old_ids_stay_when_parts_are_added_and_not_when_one_is_replaced(ray_local: None, tmp_path: Path) -> None:
+    store = write_output(tmp_path, parts=3, first=3)
+    settings = IndexConfig(index_key="IVF4,Flat", metric="l2", shards=2, **QUICK)
+    first = build_index(store, ENCODER, "image", settings)
+    write_output(tmp_path, parts=2, first=0)
+    second = build_index(store, ENCODER, "image", settings)
+    assert second.id_space == first.id_space and second.parts.ranges[:3] == first.parts.ranges
+    for id in (0, 250, first.parts.rows - 1):
+        (before,), (after,) = trace(store, first, [id]), trace(store, second, [id])
+        assert (before.shard, before.row) == (after.shard, after.row)
+        hits = Searcher(store, params="nprobe=4").search(before.vector[None], 1)
+        assert hits[0][0].id == id and hits[0][0].score < 1e-5
+    for modality in ("image", "text"):
+        (tmp_path / "embeddings" / ENCODER / modality / part_name(4)).unlink()
+    write_shard(tmp_path, 4, 100, 16, 0, "float16", ENCODER, 64, generation=1)
+    said: list[str] = []
+    third = build_index(store, ENCODER, "image", settings, said.append)
+    assert third.id_space == 2 and any("ids start anew" in line for line in said)
+
+
+def test_two_builds_at_once_take_two_versions(ray_local: None, tmp_path: Path) -> None:
+    store = write_output(tmp_path, parts=4)
+    with ThreadPoolExecutor(2) as pool:
+        both = list(
+            pool.map(lambda _: build_index(store, ENCODER, "image", IndexConfig(**QUICK), force=True), range(2))
+        )
+    assert sorted(release.version for release in both) == ["v0001", "v0002"]
+    assert current_version(store, f"index/{ENCODER}/image") == "v0002"
+    for version in ("v0001", "v0002"):
+        assert len(Searcher(store, release=version).search(np.ones((1, 16), np.float32), 5)[0]) == 5
+
+
+def test_a_build_that_fails_leaves_the_current_release_and_nothing_else(ray_local: None, tmp_path: Path) -> None:
+    store = write_output(tmp_path, parts=4)
+    first = build_index(store, ENCODER, "image", IndexConfig(**QUICK))
+    # Footer whole, pages gone: it fails in the tasks, after the version is claimed.
+    part = tmp_path / "embeddings" / ENCODER / "image" / part_name(2)
+    data = part.read_bytes()
+    part.write_bytes(data[:4] + b"\x00" * (len(data) // 2) + data[4 + len(data) // 2 :])
+    with pytest.raises(Exception, match=r"(?s).+"):
+        build_index(store, ENCODER, "image", IndexConfig(**QUICK), force=True)
+    assert read_release(store, ENCODER, "image") == first
+    files = [path.relative_to(tmp_path).parts for path in tmp_path.rglob("*") if path.is_file()]
+    assert not [parts for parts in files if "v0002" in parts or parts[0] == "staging"]
+
+
+def test_mistakes_are_told_before_anything_is_written(ray_local: None, tmp_path: Path) -> None:
+    store = write_output(tmp_path, parts=4)
+    with pytest.raises(ConfigError, match=f"(?s)no encoder 'nope'.*{ENCODER}"):
+        build_index(store, "nope", "image", IndexConfig())
+    with pytest.raises(ConfigError, match="needs a leading OPQ"):
+        build_index(store, ENCODER, "image", IndexConfig(index_key="IVF4,PQ4x4"))
+    with pytest.raises(IndexBuildError, match="learns 4,096 clusters"):
+        build_index(store, ENCODER, "image", IndexConfig(index_key="IVF4096,Flat"))
+    with pytest.raises(IndexBuildError, match="max_index_memory"):
+        build_index(store, ENCODER, "image", IndexConfig(max_index_memory="1K"))
+    assert not (tmp_path / "index").exists() and not (tmp_path / "staging").exists()

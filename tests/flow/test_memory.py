@@ -1,0 +1,61 @@
+"""Peak memory of every stage stays where it is when the input grows tenfold."""
+
+from __future__ import annotations
+
+import io
+import tarfile
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from pipelines.config import RunConfig, validate
+from pipelines.embed import embed
+from pipelines.prepare import Cluster, prepare
+
+pytestmark = pytest.mark.slow
+
+IMAGES_PER_SHARD, SIDE = 24, 512
+MIB_PER_SHARD = IMAGES_PER_SHARD * SIDE * SIDE * 3 / 2**20
+
+
+def write_shard(path: Path, seed: int) -> None:
+    """Noise stored as it is: as many bytes read as pixels decoded."""
+    rng = np.random.default_rng(seed)
+    with tarfile.open(path, "w") as tar:
+        for index in range(IMAGES_PER_SHARD):
+            buffer = io.BytesIO()
+            Image.fromarray(rng.integers(0, 256, (SIDE, SIDE, 3), np.uint8)).save(buffer, "BMP")
+            member = tarfile.TarInfo(f"{seed:03d}-{index:03d}.bmp")
+            member.size = buffer.tell()
+            buffer.seek(0)
+            tar.addfile(member, buffer)
+
+
+def peaks(folder: Path, shards: int, checkpoint: Path) -> dict[str, float]:
+    inputs = folder / str(shards)
+    inputs.mkdir()
+    for seed in range(shards):
+        write_shard(inputs / f"{seed:03d}.tar", seed)
+    settings = {
+        "input": str(inputs),
+        "output": str(folder / f"output-{shards}"),
+        "encoder": f"open_clip:local-dir:{checkpoint}",
+        "modalities": "image",
+        "read": {"block_mib": 4},
+        "decode": {"rows_per_task": 8},
+        "encode": {"batch_size": 8, "threads": 1},
+        "write": {"rows_per_task": 16},
+        "cluster": {"memory_per_decode_task_mib": 256},
+    }
+    report = embed(prepare(validate(RunConfig, settings), Cluster(4, 0, 1, 1)))
+    assert report["items"]["image"]["embedded"] == shards * IMAGES_PER_SHARD
+    return {stage: numbers["peak_mib"] for stage, numbers in report["stages"].items()}
+
+
+def test_peak_memory_does_not_grow_with_the_number_of_shards(tmp_path: Path, checkpoint: Path, ray_local: str) -> None:
+    peaks(tmp_path, 1, checkpoint)
+    few, many = peaks(tmp_path, 2, checkpoint), peaks(tmp_path, 20, checkpoint)
+    growth = {stage: many[stage] - few[stage] for stage in few}
+    assert max(growth.values()) < 18 * MIB_PER_SHARD / 3, (few, many)

@@ -1,0 +1,174 @@
+"""Outputs to index: real parts, samples and run.json, of seeded vectors clustered by part."""
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from pipelines.contracts import SAMPLES_PART, Modality, embedding_part
+from pipelines.encoders.base import EncoderSpec
+from pipelines.record import EncoderRecord, RunRecord, read_record, write_record
+from pipelines.storage import Store
+
+ENCODER = "tiny-0a1b2c3d"
+VERSION = "abcdef012345"
+
+
+@dataclass(frozen=True)
+class Item:
+    """What a vector was written for, to compare with what a trace finds."""
+
+    shard: str
+    row: int
+    caption_index: int | None
+    key: str
+
+
+def captions_of(row: int) -> int:
+    return (0, 2, 3)[row % 3]
+
+
+def write_output(
+    root: Path,
+    parts: int = 6,
+    rows: int = 200,
+    dim: int = 16,
+    seed: int = 0,
+    dtype: str = "float16",
+    encoder: str = ENCODER,
+    row_group: int = 64,
+    first: int = 0,
+) -> Store:
+    """An output of `parts` shards, each around a centre of its own; every 17th row is a reject."""
+    store = Store(str(root))
+    for at in range(first, first + parts):
+        write_shard(root, at, rows, dim, seed, dtype, encoder, row_group)
+    write_run(store, encoder, dim, dtype)
+    return store
+
+
+def write_run(store: Store, encoder: str, dim: int, dtype: str) -> None:
+    spec = EncoderSpec(
+        name="hf:tiny",
+        family="hf",
+        reference="tiny",
+        dim=dim,
+        modalities=("image", "text"),
+        image=None,
+        context_length=8,
+        weights="0" * 64,
+        dtype="float16" if dtype == "float16" else "float32",
+    )
+    record = EncoderRecord(
+        fingerprint=spec.fingerprint,
+        spec=json.loads(json.dumps(spec.identity() | {"name": spec.name, "reference": spec.reference})),
+        modalities=["image", "text"],
+        batch_size=8,
+        versions={},
+    )
+    write_record(store, RunRecord(encoders={**read_record(store).encoders, encoder: record}))
+
+
+def shard_id(at: int) -> str:
+    return f"photos-{at:05d}-0123456789ab"
+
+
+def part_name(at: int, generation: int = 0) -> str:
+    return f"part-{shard_id(at)}.{VERSION}.{generation}.parquet"
+
+
+def write_shard(
+    root: Path, at: int, rows: int, dim: int, seed: int, dtype: str, encoder: str, row_group: int, generation: int = 0
+) -> None:
+    random = np.random.default_rng([seed, at])
+    centre = random.normal(size=dim)
+    kept = [row for row in range(rows) if row % 17 != 5]
+    captions = [(row, index) for row in kept for index in range(captions_of(row))]
+    images = _around(random, centre, len(kept))
+    texts = images[np.searchsorted(kept, [row for row, _ in captions])] + random.normal(0, 0.1, (len(captions), dim))
+    name = part_name(at, generation)
+    _write(
+        root / "embeddings" / encoder / "image" / name,
+        "image",
+        at,
+        [(row, None) for row in kept],
+        images,
+        dtype,
+        row_group,
+    )
+    _write(root / "embeddings" / encoder / "text" / name, "text", at, captions, texts, dtype, row_group)
+    samples = pa.table(
+        {
+            "shard": [shard_id(at)] * rows,
+            "row": list(range(rows)),
+            "key": [key_of(at, row) for row in range(rows)],
+            "captions": [[caption_of(at, row, index) for index in range(captions_of(row))] for row in range(rows)],
+            "uri": [f"photos-{at:05d}.tar"] * rows,
+            "offset": [512 + 1024 * row for row in range(rows)],
+            "length": [100 + row for row in range(rows)],
+            **{
+                name: pa.nulls(rows, SAMPLES_PART.field(name).type)
+                for name in ("row_group", "sha256", "width", "height", "label", "metadata")
+            },
+        },
+        schema=SAMPLES_PART,
+    )
+    target = root / "samples" / name
+    target.parent.mkdir(parents=True, exist_ok=True)
+    pq.write_table(samples, target, row_group_size=row_group)
+
+
+def key_of(at: int, row: int) -> str:
+    return f"{at:05d}/{row:06d}"
+
+
+def caption_of(at: int, row: int, index: int) -> str:
+    return f"caption {index} of {at}/{row}"
+
+
+def _around(random: np.random.Generator, centre: np.ndarray, count: int) -> np.ndarray:
+    return centre + random.normal(0, 0.5, (count, len(centre)))
+
+
+def _write(
+    path: Path,
+    modality: Modality,
+    at: int,
+    items: list[tuple[int, int | None]],
+    vectors: np.ndarray,
+    dtype: str,
+    group: int,
+) -> None:
+    dim = vectors.shape[1]
+    unit = (vectors / np.maximum(np.linalg.norm(vectors, axis=1, keepdims=True), 1e-9)).astype(dtype)
+    schema = embedding_part(modality, dim, dtype)
+    columns = {
+        "shard": pa.array([shard_id(at)] * len(items), pa.string()),
+        "row": pa.array([row for row, _ in items], pa.int64()),
+        "key": pa.array([key_of(at, row) for row, _ in items], pa.string()),
+        "embedding": pa.FixedSizeListArray.from_arrays(
+            pa.array(unit.ravel(), schema.field("embedding").type.value_type), dim
+        ),
+    }
+    if modality == "text":
+        columns["caption_index"] = pa.array([index for _, index in items], pa.int32())
+    path.parent.mkdir(parents=True, exist_ok=True)
+    pq.write_table(pa.table(columns, schema=schema), path, row_group_size=group)
+
+
+def everything(root: Path, modality: str, encoder: str = ENCODER) -> tuple[list[Item], np.ndarray]:
+    """Every item in id order with float32 [n, dim], read by pandas' own reader, not by ours."""
+    items: list[Item] = []
+    found = []
+    for path in sorted((root / "embeddings" / encoder / modality).glob("*.parquet")):
+        table = pq.read_table(path)
+        indices = table["caption_index"].to_pylist() if modality == "text" else [None] * len(table)
+        columns = zip(
+            table["shard"].to_pylist(), table["row"].to_pylist(), indices, table["key"].to_pylist(), strict=True
+        )
+        items += [Item(*values) for values in columns]
+        found += table["embedding"].to_pylist()
+    return items, np.array(found, np.float32)

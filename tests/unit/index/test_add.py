@@ -1,0 +1,110 @@
+"""Sharding an index changes nothing: at full probe its results are those of exact search over the same codes."""
+
+from pathlib import Path
+
+import faiss
+import numpy as np
+import pytest
+
+from pipelines.errors import IndexBuildError
+from pipelines.index.add import Filled, fill, probe
+from pipelines.index.choose import cut
+from pipelines.index.parts import Parts, list_parts
+from pipelines.index.recall import Top, exact, merge
+from pipelines.index.release import open_shard
+from pipelines.index.train import train
+from pipelines.index.tune import full_probe
+from pipelines.storage import Store
+from tests.indexed import everything, write_output
+from tests.unit.index.test_parts import FOLDER
+
+KEYS = [("OPQ4_16,IVF16,PQ4x4", "ip"), ("OPQ4_16,IVF16,PQ4x4", "l2"), ("IVF16_HNSW8,PQ4x4", "l2"), ("Flat", "ip")]
+
+
+class Built:
+    """Four index shards over nine parts, filled without Ray."""
+
+    def __init__(self, root: Path, key: str, metric: str) -> None:
+        self.store, self.key, self.metric = write_output(root, parts=9), key, metric
+        self.parts = list_parts(self.store, FOLDER)
+        _, self.vectors = everything(root, "image")
+        self.trained = train(key, metric, self.vectors[::2], self.parts.dim)
+        faiss.write_index(self.trained, str(root / "trained.faiss"))
+        self.queries = self.vectors[5::100] + 0.01
+        self.filled = [self._fill(at, self.parts.run(run.start, run.stop)) for at, run in enumerate(cut(self.parts, 4))]
+
+    def _fill(self, at: int, run: Parts) -> Filled:
+        target = f"index/shard-{at:04d}.faiss"
+        return fill(self.store, run, "trained.faiss", target, self.queries, 20, self.metric)
+
+    def search(self, k: int) -> Top:
+        params = full_probe(self.key)
+        found = [probe(self.store, "index", each.shard, params, self.queries, k) for each in self.filled]
+        return merge(found, k, self.metric)
+
+
+@pytest.mark.parametrize(("key", "metric"), KEYS)
+def test_shards_find_what_one_index_of_everything_finds(tmp_path: Path, key: str, metric: str) -> None:
+    built = Built(tmp_path, key, metric)
+    assert len(built.filled) == 4
+    built.trained.add_with_ids(built.vectors, np.arange(len(built.vectors)))
+    faiss.ParameterSpace().set_index_parameters(built.trained, full_probe(key))
+    scores, ids = built.trained.search(built.queries, 20)
+    found = built.search(20)
+    np.testing.assert_allclose(found.scores, scores, rtol=1e-4, atol=1e-5)
+    whole = merge([Top(ids, scores)], 20, metric)
+    settled = np.abs(np.diff(scores, axis=1, prepend=np.inf, append=np.inf)) > 1e-4
+    sure = settled[:, :-1] & settled[:, 1:]
+    assert sure.mean() > 0.3
+    np.testing.assert_array_equal(found.ids[sure], whole.ids[sure])
+
+
+@pytest.mark.parametrize(("key", "metric"), KEYS)
+def test_shards_find_what_brute_force_over_their_codes_finds(tmp_path: Path, key: str, metric: str) -> None:
+    built = Built(tmp_path, key, metric)
+    indexes = [open_shard(built.store, "index", each.shard) for each in built.filled]
+    decoded = np.concatenate(
+        [codes_of(index, each.shard.first_id) for index, each in zip(indexes, built.filled, strict=True)]
+    )
+    assert len(decoded) == built.parts.rows
+    truth = exact(built.queries, [(0, decoded)], 20, metric)
+    np.testing.assert_allclose(built.search(20).scores, truth.scores, rtol=1e-3, atol=1e-4)
+
+
+def codes_of(index: faiss.Index, first: int) -> np.ndarray:
+    """What the index holds, in id order, decoded to the space of the input."""
+    ivf = faiss.try_extract_index_ivf(index)
+    if ivf is not None:
+        ivf.set_direct_map_type(faiss.DirectMap.Hashtable)
+    return np.stack([index.reconstruct(id) for id in range(first, first + index.ntotal)])
+
+
+def test_the_pass_that_fills_also_finds_the_exact_nearest(tmp_path: Path) -> None:
+    built = Built(tmp_path, "Flat", "ip")
+    truth = merge([each.truth for each in built.filled], 20, "ip")
+    expected = np.argsort(-(built.queries @ built.vectors.T), axis=1)[:, :20]
+    np.testing.assert_array_equal(truth.ids[:, :3], expected[:, :3])
+
+
+def test_every_shard_opens_with_plain_faiss_and_holds_its_ids(tmp_path: Path) -> None:
+    built = Built(tmp_path, "Flat", "ip")
+    seen = []
+    for each in built.filled:
+        index = faiss.read_index(str(tmp_path / "index" / each.shard.file))
+        assert index.ntotal == each.shard.rows
+        seen += faiss.vector_to_array(index.id_map).tolist()
+        assert (tmp_path / "index" / each.shard.file).stat().st_size == each.shard.bytes
+    assert seen == list(range(built.parts.rows))
+
+
+@pytest.mark.parametrize("damage", ["cut", "flip", "gone"])
+def test_a_damaged_shard_is_refused(tmp_path: Path, damage: str) -> None:
+    built = Built(tmp_path, "Flat", "ip")
+    shard = built.filled[0].shard
+    file = tmp_path / "index" / shard.file
+    data = file.read_bytes()
+    file.unlink()
+    if damage != "gone":
+        file.write_bytes(data[:-100] if damage == "cut" else data[:-500] + bytes([data[-500] ^ 1]) + data[-499:])
+    with pytest.raises(IndexBuildError, match=shard.file):
+        open_shard(Store(str(tmp_path)), "index", shard)

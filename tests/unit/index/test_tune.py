@@ -1,0 +1,41 @@
+import numpy as np
+import pytest
+
+from pipelines.index.train import train
+from pipelines.index.tune import apply, full_probe, query_ms, tune
+
+KEYS = {
+    "OPQ4_16,IVF16,PQ4x4": "ip",
+    "OPQ4_16,IVF16_HNSW8,PQ4x4": "ip",
+    "Pad32,IVF16_HNSW8,PQ4x4": "ip",
+    "IVF16,Flat": "ip",
+    "PCA8,IVF16,PQ4x4": "l2",
+    "HNSW8": "ip",
+    "Flat": "ip",
+    "SQ8": "l2",
+}
+
+
+@pytest.mark.parametrize("key", KEYS)
+def test_what_is_tuned_can_be_applied_and_searched(key: str) -> None:
+    vectors = np.random.default_rng(0).normal(size=(1000, 16)).astype(np.float32)
+    index = train(key, KEYS[key], vectors, 16)
+    index.add_with_ids(vectors, np.arange(1000))
+    params = tune(index, key, 0.5)
+    assert ("nprobe" in params, "efSearch" in params) == ("IVF" in key, "HNSW" in key)
+    for each in (params, full_probe(key)):
+        apply(index, each)
+        assert (index.search(vectors[:3], 20)[1] >= 0).all()
+    assert query_ms(index, vectors[:3]) > 0
+
+
+def test_parameters_an_index_has_not_are_refused() -> None:
+    index = train("Flat", "ip", np.empty((0, 4), np.float32), 4)
+    with pytest.raises(RuntimeError):
+        apply(index, "nprobe=3")
+
+
+def test_full_probe_looks_at_every_list() -> None:
+    assert full_probe("OPQ8_32,IVF1024,PQ8x8") == "nprobe=1024"
+    assert full_probe("OPQ8_32,IVF1024_HNSW32,PQ8x8") == "nprobe=1024,efSearch=2048"
+    assert full_probe("HNSW32") == full_probe("Flat") == ""

@@ -1,0 +1,175 @@
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from pipelines.errors import InputError
+from pipelines.sources import KNOWN_IMAGE_SUFFIXES
+from pipelines.sources.fetch import resolve
+from pipelines.sources.kinds import kind_of, slug, stem
+from pipelines.sources.text import Fault
+from tests.unit.sources.made import jpeg, plan, put, read, tar_of
+from tests.unit.sources.test_parquet import file_of
+
+TAR = tar_of([("a.jpg", jpeg())])
+PARQUET = file_of({"image": [jpeg()]})
+
+
+def uris(*inputs: str | Path, format_: str = "auto") -> list[str]:
+    return sorted(shard.uri.rpartition("/")[2] for shard in plan(*inputs, format_=format_))
+
+
+@pytest.fixture
+def folder() -> str:
+    uri = put("00000.tar", TAR)
+    for number in range(1, 40):
+        put(f"{number:05d}.tar", TAR, uri.split("/")[3])
+    return uri.rpartition("/")[0]
+
+
+def test_ways_to_name_shards(folder: str) -> None:
+    put("list.txt", b"\n# some\n00001.tar\n{00002..00003}.tar\n0001[0-1].tar\n", folder.split("/")[3])
+    assert uris(f"{folder}/00000.tar") == ["00000.tar"]
+    assert uris(f"{folder}/{{00000..00002}}.tar") == ["00000.tar", "00001.tar", "00002.tar"]
+    assert len(uris(f"{folder}/{{00000..00039}}.tar")) == 40
+    assert uris(f"{folder}/0000*.tar", f"{folder}/00001.tar") == [f"{i:05d}.tar" for i in range(10)]
+    assert len(uris(folder)) == len(uris(f"{folder}/")) == 40
+    expected = ["00001.tar", "00002.tar", "00003.tar", "00010.tar", "00011.tar"]
+    assert uris(f"{folder}/list.txt") == expected
+
+
+def test_ids_are_sorted_unique_and_safe(folder: str) -> None:
+    shards = plan(folder, f"{folder}/*.tar")
+    ids = [shard.id for shard in shards]
+    assert ids == sorted(set(ids))
+    assert all(id_.replace("-", "").replace("_", "").isalnum() for id_ in ids)
+    assert ids[0].startswith("00000-") and len(ids[0]) == len("00000-") + 12
+    assert {len(shard.version) for shard in shards} == {12}
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("nothing/here.tar", "do not exist"),
+        ("nothing", "do not exist"),
+        ("nothing/*.tar", "matches nothing"),
+        ("nothing/{000..100}.tar", "do not exist"),
+        ("{000..100.tar", "brace is not closed"),
+    ],
+)
+def test_what_is_not_there_is_refused(folder: str, name: str, message: str) -> None:
+    with pytest.raises(InputError, match=message) as error:
+        plan(f"{folder}/{name}")
+    assert error.value.fix
+
+
+def test_protocols_that_are_unknown_are_refused() -> None:
+    with pytest.raises(InputError, match="nope"):
+        plan("nope://bucket/a.tar")
+
+
+def test_mixed_and_empty_folders_are_refused_with_what_they_hold(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="is empty"):
+        plan(tmp_path)
+    (tmp_path / "readme.md").write_text("hello")
+    with pytest.raises(InputError, match="1 other file, nothing to embed"):
+        plan(tmp_path)
+    (tmp_path / "a.tar").write_bytes(TAR)
+    assert uris(tmp_path) == ["a.tar"]
+    (tmp_path / "b.parquet").write_bytes(PARQUET)
+    with pytest.raises(InputError, match="1 parquet file, 1 tar file, 1 other file"):
+        plan(tmp_path)
+    assert uris(tmp_path, format_="tar") == ["a.tar"]
+    assert uris(tmp_path / "*.parquet") == ["b.parquet"]
+    with pytest.raises(InputError):
+        plan(tmp_path, format_="manifest")
+
+
+def test_images_beside_a_manifest_are_refused(tmp_path: Path) -> None:
+    (tmp_path / "a.jpg").write_bytes(jpeg())
+    (tmp_path / "metadata.jsonl").write_text('{"file_name": "a.jpg", "text": "c"}')
+    with pytest.raises(InputError, match="1 image file, 1 manifest file"):
+        plan(tmp_path)
+    (sample,) = read(tmp_path / "metadata.jsonl")
+    assert (sample.image, sample.captions) == (jpeg(), ["c"])
+
+
+def test_an_img2dataset_folder_is_its_tars(tmp_path: Path) -> None:
+    for name, data in (("00000.tar", TAR), ("00000.parquet", PARQUET), ("00000_stats.json", b"{}")):
+        (tmp_path / name).write_bytes(data)
+    assert uris(tmp_path) == ["00000.tar"]
+
+
+def test_a_folder_that_spark_wrote(tmp_path: Path) -> None:
+    folder = tmp_path / "table.parquet"
+    folder.mkdir()
+    (folder / "part-00000.snappy.parquet").write_bytes(PARQUET)
+    (folder / "_SUCCESS").write_bytes(b"")
+    assert uris(folder) == ["part-00000.snappy.parquet"]
+
+
+def test_names_with_pattern_signs_are_names_first(tmp_path: Path) -> None:
+    (tmp_path / "a[1].tar").write_bytes(TAR)
+    assert uris(tmp_path / "a[1].tar") == ["a[1].tar"]
+    photos = tmp_path / "photos [2019]"
+    photos.mkdir()
+    (photos / "a.jpg").write_bytes(jpeg())
+    assert [sample.key for sample in read(photos)] == ["a"]
+
+
+def test_a_named_format_overrides_the_suffix(tmp_path: Path) -> None:
+    (tmp_path / "shard.bin").write_bytes(TAR)
+    with pytest.raises(InputError, match="no known format"):
+        plan(tmp_path / "shard.bin")
+    assert [sample.key for sample in read(tmp_path / "shard.bin", format_="tar")] == ["a"]
+    (tmp_path / "one.jpg").write_bytes(jpeg())
+    with pytest.raises(InputError, match="is one image"):
+        plan(tmp_path / "one.jpg")
+
+
+@pytest.mark.parametrize(
+    ("uri", "kind"),
+    [
+        ("s3://b/x.TAR", "tar"), ("x.tar.gz", "tar"), ("x.tgz", "tar"), ("a/b.parquet", "parquet"), ("x.JPEG", "image"),
+        ("x.jsonl.gz", "manifest"), ("x.csv", "manifest"), ("x.json", "manifest"), ("x.txt", "list"), ("x", None),
+        ("https://h/x.tar?sig=a/b.csv", "tar"),
+    ],
+)  # fmt: skip
+def test_kinds(uri: str, kind: str | None) -> None:
+    assert kind_of(uri) == kind
+
+
+def test_names() -> None:
+    assert stem("s3://b/a.b-000.tar.gz") == "a.b-000"
+    assert slug("s3://b/ü.tar") == "shard"
+    assert {".jpg", ".png", ".webp"} <= KNOWN_IMAGE_SUFFIXES
+
+
+@pytest.mark.parametrize(
+    ("reference", "listing", "expected"),
+    [
+        ("a/b.jpg", "/data/m.jsonl", "/data/a/b.jpg"),
+        ("/x/b.jpg", "/data/m.jsonl", "/x/b.jpg"),
+        ("file:///x/b.jpg", "/data/m.jsonl", "file:///x/b.jpg"),
+        ("a/b.jpg", "s3://b/d/m.jsonl", "s3://b/d/a/b.jpg"),
+        ("../i/b.jpg", "s3://b/d/m.jsonl", "s3://b/i/b.jpg"),
+        ("https://h/x.jpg?y=1", "s3://b/m.jsonl", "https://h/x.jpg?y=1"),
+        ("a.jpg", "https://h/d/m.jsonl?token=1", "https://h/d/a.jpg"),
+        ("../../other/b.jpg", "s3://b/d/m.jsonl", None),
+        ("/etc/passwd", "s3://b/m.jsonl", None),
+        ("file:/etc/passwd", "s3://b/m.jsonl", None),
+        ("local:///etc/passwd", "https://h/m.jsonl", None),
+        ("simplecache::file:///etc/passwd", "s3://b/m.jsonl", None),
+        ("http://a::file:///etc/passwd", "s3://b/m.jsonl", None),
+        ("sftp://host/x", "s3://b/m.jsonl", None),
+    ],
+)
+def test_where_a_reference_points(reference: str, listing: str, expected: str | None) -> None:
+    found = resolve(reference, listing)
+    assert (None if isinstance(found, Fault) else found) == expected
+
+
+def test_sources_need_no_ray_and_no_torch() -> None:
+    code = "import sys, pipelines.sources; sys.exit(bool({'ray', 'torch', 'faiss'} & set(sys.modules)))"
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

@@ -1,0 +1,186 @@
+import gzip
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from pipelines.config import ReadConfig
+from pipelines.contracts import Sample
+from pipelines.errors import ChangedInputError, InputError
+from pipelines.sources import plan_shards, rows, samples
+from tests.unit.sources.made import STORE, jpeg, plan, put, read, reasons
+
+IMAGE = jpeg()
+MODES = ("a.jsonl", "a.jsonl.gz", "a.csv", "a.json")
+
+
+def written(name: str, records: list[dict[str, Any]]) -> bytes:
+    if name.endswith(".csv"):
+        lines = [",".join(records[0]), *(",".join(json.dumps(v) for v in r.values()) for r in records)]
+        return "\n".join(lines).encode()
+    if name.endswith(".json"):
+        return json.dumps(records).encode()
+    data = "\n".join(map(json.dumps, records)).encode()
+    return gzip.compress(data) if name.endswith(".gz") else data
+
+
+def with_image(name: str, data: bytes) -> str:
+    image = put("images/x.jpg", IMAGE)
+    return put(name, data, image.split("/")[3])
+
+
+@pytest.mark.parametrize("name", MODES)
+def test_path_captions_and_anything(name: str) -> None:
+    records = [{"image": "images/x.jpg", "caption": "one", "n": "1"}, {"image": "gone.jpg", "caption": "two", "n": "2"}]
+    first, second = read(with_image(name, written(name, records)))
+    assert (first.key, first.image, first.captions, first.metadata) == ("images/x.jpg", IMAGE, ["one"], {"n": "1"})
+    assert (first.offset, first.length, first.uri.endswith("/images/x.jpg")) == (0, len(IMAGE), True)
+    assert (second.captions, reasons(second)) == (["two"], ["not_found"])
+
+
+def test_rows_of_one_image_that_follow_each_other_are_one_sample() -> None:
+    records = [{"image": "images/x.jpg", "caption": c, "n": n} for c, n in (("a", 1), ("b", 1), ("c", 2))]
+    first, again = read(with_image("a.jsonl", written("a.jsonl", [*records, {"caption": "other"}, records[0]])))[::2]
+    assert (first.captions, first.metadata) == (["a", "b", "c"], {"n": 1, "_rows": [{}, {"n": 2}]})
+    assert reasons(again) == ["duplicate_key", "duplicate_key"]
+
+
+def test_bad_lines_are_rows_of_their_own() -> None:
+    lines = [b'{"key": "a", "caption": "x"}', b"{not json", b'["list"]', b"", b'{"key": "b", "caption": "caf\xe9"}']
+    deep = b'{"key": "c", "caption": "y", "z": ' + b"[" * 90 + b"]" * 90 + b"}"
+    found = read(put("a.jsonl", b"\n".join([*lines, deep, b'{"key": "d", "text": "z"}'])))
+    assert [reasons(sample) for sample in found] == [
+        [], ["bad_manifest_line"], ["bad_manifest_line"], ["not_utf8"], ["bad_manifest_line"], [],
+    ]  # fmt: skip
+    assert found[-1].captions == ["z"]
+    assert "row 2" in found[1].rejects[0].detail
+
+
+def test_csv_quotes_lists_and_wrong_numbers_of_fields() -> None:
+    text = 'key,raw,label\na,"[""x, y"", ""z""]",cat\nb,one, too many,dog\nc,"two\nlines",\n'
+    first, bad, last = read(put("a.csv", text.encode("utf-8-sig")))
+    assert (first.key, first.captions, first.label) == ("a", ["x, y", "z"], "cat")
+    assert reasons(bad) == ["bad_manifest_line"]
+    assert (last.captions, last.label) == (["two\nlines"], None)
+    assert read(put("a.tsv", b"key\tcaption\nk\tx, y"))[0].captions == ["x, y"]
+
+
+KARPATHY = {
+    "dataset": "coco",
+    "images": [
+        {
+            "filename": f"{i}.jpg",
+            "filepath": "images",
+            "imgid": i,
+            "split": split,
+            "sentences": [{"raw": f"caption {i} {j}", "tokens": ["caption"], "sentid": 5 * i + j} for j in range(5)],
+        }
+        for i, split in enumerate(["train", "val", "test", "restval"])
+    ],
+}
+
+
+@pytest.mark.parametrize("indent", [None, 1])
+def test_karpathys_json_with_its_splits(indent: int | None, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(rows, "_CHUNK_CHARS", 64)
+    uri = put("dataset.json", json.dumps(KARPATHY, indent=indent).encode())
+    put("images/1.jpg", IMAGE, uri.split("/")[3])
+    everything = read(uri)
+    assert [sample.key for sample in everything] == [f"images/{i}.jpg" for i in range(4)]
+    val, rest = read(uri, splits=["val", "restval"])
+    assert (val.image, val.captions) == (IMAGE, [f"caption 1 {j}" for j in range(5)])
+    assert (val.metadata["split"], val.metadata["imgid"], rest.metadata["split"]) == ("val", 1, "restval")
+    with pytest.raises(InputError, match="no rows of the splits nope"):
+        read(uri, splits=["nope"])
+
+
+def test_other_json_is_lines_or_refused() -> None:
+    assert [sample.captions for sample in read(put("a.json", b'{"text": "a"}\n{"text": "b"}\n'))] == [["a"], ["b"]]
+    with pytest.raises(InputError, match="no manifest"):
+        read(put("a.json", b"<html>"))
+    with pytest.raises(InputError, match="without sentences"):
+        read(put("a.json", b'{"images": [{"file_name": "x.jpg", "id": 3}], "annotations": []}'))
+
+
+def test_a_cut_json_list_shows_where_it_ends() -> None:
+    data = json.dumps([{"key": str(i), "caption": "c"} for i in range(5)]).encode()
+    found = read(put("a.json", data[:-30]))
+    assert [reasons(sample) for sample in found] == [[], [], [], [], ["bad_manifest_line"]]
+
+
+def test_a_cut_gzip_shows_where_it_ends() -> None:
+    lines = "\n".join(json.dumps({"key": str(i), "caption": os.urandom(40).hex()}) for i in range(2000))
+    data = gzip.compress(lines.encode())
+    found = read(put("a.jsonl.gz", data[: len(data) // 2]))
+    assert len(found) > 100
+    assert [sample.key for sample in found[:-1]] == [str(i) for i in range(len(found) - 1)]
+    assert reasons(found[-1]) == ["bad_manifest_line"]
+
+
+def test_an_empty_or_unknown_manifest_is_refused() -> None:
+    with pytest.raises(InputError, match="has no rows"):
+        plan(put("a.jsonl", b"\n\n"))
+    with pytest.raises(InputError, match="first row has: foo, bar"):
+        plan(put("a.jsonl", b'{"foo": 1, "bar": 2}'))
+
+
+def test_slices_hold_every_row_once_and_a_new_row_changes_one() -> None:
+    records = [{"key": f"k{i}", "caption": f"c{i}"} for i in range(100)]
+    uri = put("a.jsonl", written("a.jsonl", records))
+    config = ReadConfig(samples_per_slice=20)
+    shards, slices = plan_shards([uri], "auto", config, STORE, {})
+    assert slices == {uri: 8}
+    keys = [sample.key for shard in shards for sample in samples(shard, config, STORE)]
+    assert sorted(keys) == sorted(record["key"] for record in records)
+    STORE.put_atomic(uri, written("a.jsonl", [{"key": "new", "caption": "c"}, *records]))
+    after, _ = plan_shards([uri], "auto", config, STORE, slices)
+    changed = [shard for shard, old in zip(after, shards, strict=True) if shard.version != old.version]
+    assert len(changed) == 1
+    unchanged = next(shard for shard in shards if shard not in [changed[0]] and shard in after)
+    assert list(samples(unchanged, config, STORE))
+    old = next(shard for shard in shards if shard.id == changed[0].id)
+    with pytest.raises(ChangedInputError):
+        list(samples(old, config, STORE))
+
+
+def test_a_list_of_images_is_a_manifest_without_captions(tmp_path: Path) -> None:
+    (tmp_path / "x.jpg").write_bytes(IMAGE)
+    (tmp_path / "list.txt").write_text(f"# photos\nx.jpg\n{tmp_path}/x.jpg\ngone.jpg\n")
+    found = read(tmp_path / "list.txt")
+    assert [sample.image for sample in found] == [IMAGE, IMAGE, None]
+
+
+JSON = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=8),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=8), inner, max_size=3),
+    max_leaves=6,
+)
+FIELDS = st.sampled_from(["key", "image", "caption", "captions", "label", "n"])
+
+
+@settings(max_examples=60, deadline=None, suppress_health_check=list(HealthCheck))
+@given(st.lists(st.dictionaries(FIELDS, JSON, max_size=5) | JSON, max_size=6), st.integers(1, 4))
+def test_whatever_json_says_every_row_is_there(records: list[Any], per_slice: int) -> None:
+    uri = put("a.jsonl", "\n".join(map(json.dumps, [{"key": "first", "caption": "c"}, *records])).encode())
+    found: list[Sample] = read(uri, samples_per_slice=per_slice)
+    assert len(found) <= len(records) + 1
+    for sample in found:
+        json.dumps(sample.metadata, allow_nan=False, ensure_ascii=False).encode()
+
+
+def test_one_image_without_sentences_is_one_reject() -> None:
+    images = [*KARPATHY["images"], {"filename": "x.jpg"}]
+    found = read(put("a.json", json.dumps({"images": images}).encode()))
+    assert [reasons(sample)[0] for sample in found] == [*["not_found"] * 4, "bad_manifest_line"]
+
+
+def test_a_manifest_that_is_gone_is_a_changed_input() -> None:
+    uri = put("a.jsonl", b'{"key": "a", "caption": "b"}')
+    (shard,) = plan(uri)
+    STORE.delete([uri])
+    with pytest.raises(ChangedInputError, match="is gone"):
+        list(samples(shard, ReadConfig(), STORE))

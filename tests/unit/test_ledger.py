@@ -1,0 +1,269 @@
+"""The ledger under every interleaving hypothesis can think of: each item ends up exactly once.
+
+Two runs of the shipped code share an output. Before every storage call a scheduler decides which run
+goes on, and whether the call dies before it, dies after it, or loses its acknowledgement and is done
+again. Runs that die start again, with other block boundaries, until one goes through.
+"""
+
+import hashlib
+import random
+import tempfile
+import threading
+from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pyarrow.parquet as pq
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from pipelines.config import WriteConfig
+from pipelines.contracts import Shard
+from pipelines.errors import LedgerError
+from pipelines.ledger import CommitRef, list_commits, make_plan, place, read_commit, retire, settle, tally
+from pipelines.storage import Store
+from pipelines.write import EmbeddingSink
+from tests.encoded import ENCODER, FAMILIES, encoded_row, encoded_rows
+
+ROWS = 23
+SHARDS = [Shard(f"{name}-000000000000", f"s3://bucket/{name}.tar", "tar", "v1", 1) for name in "ab"]
+CALLS = {"read", "names", "stat", "put_atomic", "put_if_absent", "copy", "delete"}
+
+
+class Killed(BaseException):
+    """Stands for SIGKILL: nothing may catch it and go on."""
+
+
+class Scheduler:
+    """Lets one of several threads make one storage call at a time, drawn from `seed`.
+
+    fault_rate: share of the calls that die or lose their acknowledgement, for the first `faulty_calls`.
+    """
+
+    def __init__(self, seed: int, fault_rate: float, faulty_calls: int = 300) -> None:
+        self._random, self._fault_rate, self._faulty_calls = random.Random(seed), fault_rate, faulty_calls
+        self._turn = threading.Condition()
+        self._waiting: set[str] = set()
+        self._alive: set[str] = set()
+        self._chosen: str | None = None
+
+    def enter(self, runner: str) -> None:
+        with self._turn:
+            self._alive.add(runner)
+
+    def leave(self, runner: str) -> None:
+        with self._turn:
+            self._alive.discard(runner)
+            self._choose()
+
+    def fault(self, runner: str) -> int:
+        """Waits for its turn. 0: go on; 1: die before; 2: die after; 3: lose the acknowledgement."""
+        with self._turn:
+            self._waiting.add(runner)
+            self._choose()
+            self._turn.wait_for(lambda: self._chosen == runner, timeout=60)
+            self._waiting.discard(runner)
+            self._chosen = None
+            self._faulty_calls -= 1
+            faulty = self._faulty_calls > 0 and self._random.random() < self._fault_rate
+            return self._random.randint(1, 3) if faulty else 0
+
+    def _choose(self) -> None:
+        if self._chosen is None and self._waiting and self._waiting >= self._alive:
+            self._chosen = self._random.choice(sorted(self._waiting))
+            self._turn.notify_all()
+
+
+class FaultyStore(Store):
+    """The real store, with a scheduler's decision before each call."""
+
+    runner: str
+    scheduler: Scheduler
+
+    def read_many(self, paths: Iterable[str]) -> Iterator[bytes]:
+        """One after the other: the scheduler counts on one call at a time from a run."""
+        return (self.read(path) for path in paths)
+
+    def __getattribute__(self, name: str) -> Any:
+        attribute = super().__getattribute__(name)
+        return self._decided(attribute) if name in CALLS else attribute
+
+    def _decided(self, call: Callable[..., Any]) -> Callable[..., Any]:
+        def decided(*args: Any) -> Any:
+            if call.__name__ == "delete":
+                args = (list(args[0]),)
+            fault = self.scheduler.fault(self.runner)
+            if fault == 1:
+                raise Killed
+            result = call(*args)
+            if fault == 2:
+                raise Killed
+            return call(*args) if fault == 3 else result
+
+        return decided
+
+
+def faulty(root: str, runner: str, scheduler: Scheduler) -> FaultyStore:
+    store = FaultyStore(root)
+    object.__setattr__(store, "runner", runner)
+    object.__setattr__(store, "scheduler", scheduler)
+    return store
+
+
+def run_once(store: Store, rng: random.Random, write: WriteConfig) -> None:
+    """One whole run: plan, settle, write the pending shards in blocks of its own, plan and settle again."""
+    plan = make_plan(store, SHARDS, FAMILIES)
+    settle(store, plan)
+    blocks = []
+    for work in plan.pending:
+        cuts = sorted(rng.sample(range(1, ROWS), 2))
+        for start, stop in zip([0, *cuts], [*cuts, ROWS], strict=True):
+            blocks.append(encoded_rows(range(start, stop), ROWS if stop == ROWS else None, work.shard.id))
+    rng.shuffle(blocks)
+    sink = EmbeddingSink(store, FAMILIES, write, plan.changed)
+    while blocks:
+        taken = [blocks.pop() for _ in range(min(len(blocks), rng.randint(1, 2)))]
+        sink.write(taken, None)
+    settle(store, make_plan(store, SHARDS, FAMILIES))
+
+
+def run_until_done(root: str, runner: str, scheduler: Scheduler, seed: int, failures: list[BaseException]) -> None:
+    rng, write = random.Random(seed), WriteConfig(rows_per_row_group=10)
+    store = faulty(root, runner, scheduler)
+    scheduler.enter(runner)
+    try:
+        while True:
+            try:
+                return run_once(store, rng, write)
+            except Killed:
+                continue
+    except BaseException as error:
+        failures.append(error)
+    finally:
+        scheduler.leave(runner)
+
+
+@settings(max_examples=40, deadline=None, suppress_health_check=list(HealthCheck))
+@given(seed=st.integers(0, 2**32), fault_rate=st.sampled_from([0.0, 0.03, 0.1, 0.2]), runs=st.integers(1, 2))
+def test_each_item_ends_up_exactly_once(seed: int, fault_rate: float, runs: int) -> None:
+    with tempfile.TemporaryDirectory() as folder:
+        scheduler, failures = Scheduler(seed, fault_rate), []
+        for number in range(runs):
+            scheduler.enter(f"run{number}")
+        threads = [
+            threading.Thread(target=run_until_done, args=(folder, f"run{number}", scheduler, seed + number, failures))
+            for number in range(runs)
+        ]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join(120)
+            assert not thread.is_alive()
+        if failures:
+            raise failures[0]
+        settle(Store(folder), make_plan(Store(folder), SHARDS, FAMILIES))
+        assert_whole(Store(folder))
+
+
+def assert_whole(store: Store) -> None:
+    """Each item once; what is placed is what the commits name; nothing else is left."""
+    expected = [encoded_row(row) for row in range(ROWS)]
+    keys = {
+        "samples": [row["row"] for row in expected],
+        f"embeddings/{ENCODER.name}/image": [row["row"] for row in expected if row["image_vector"]],
+        f"embeddings/{ENCODER.name}/text": [row["row"] for row in expected for _ in row["text_vectors"]],
+        f"rejects/{ENCODER.name}": [row["row"] for row in expected for _ in row["rejects"]],
+    }
+    named = {}
+    for family in FAMILIES:
+        refs = list(list_commits(store, family))
+        assert [ref.shard for ref in sorted(refs)] == [shard.id for shard in SHARDS]
+        named |= {part.final: part.sha256 for ref in refs for part in read_commit(store, ref).parts}
+    placed = {name for name in store.names("") if name.split("/")[0] in ("samples", "embeddings", "rejects")}
+    assert placed == set(named)
+    for name in placed:
+        assert hashlib.sha256(store.read(name)).hexdigest() == named[name]
+    for dataset, rows in keys.items():
+        for name in store.names(dataset):
+            assert pq.read_table(f"{store.root}/{dataset}/{name}")["row"].to_pylist() == rows
+    assert store.names("staging") == []
+
+
+def written(root: Path, *versions: str) -> Store:
+    store = Store(str(root))
+    for version in versions:
+        rows = encoded_rows(range(5), 5, SHARDS[0].id, version)
+        EmbeddingSink(store, FAMILIES, WriteConfig()).write([rows], None)
+    return store
+
+
+def test_a_new_version_is_pending_and_retires_the_old_when_it_commits(tmp_path: Path) -> None:
+    store = written(tmp_path, "v0")
+    plan = make_plan(store, SHARDS[:1], FAMILIES)
+    assert [work.families for work in plan.pending] == [tuple(FAMILIES)]
+    assert [ref.version for ref in plan.changed[SHARDS[0].id]] == ["v0", "v0"]
+
+    rows = encoded_rows(range(5), 5, SHARDS[0].id, "v1")
+    EmbeddingSink(store, FAMILIES, WriteConfig(), plan.changed).write([rows], None)
+    assert list(store.names("samples")) == [f"part-{SHARDS[0].id}.v1.0.parquet"]
+    assert len(store.names("retired")) == 2
+    assert not make_plan(store, SHARDS[:1], FAMILIES).pending
+
+
+def test_a_retirement_that_died_is_finished(tmp_path: Path) -> None:
+    store = written(tmp_path, "v0", "v1")
+    plan = make_plan(store, SHARDS[:1], FAMILIES)
+    assert {ref.version for ref in plan.superseded} == {"v0"} and not plan.pending
+    settle(store, plan)
+    assert {ref.version for ref in list_commits(store, "samples")} == {"v1"}
+
+
+def test_a_family_added_later_is_pending_alone(tmp_path: Path) -> None:
+    store = written(tmp_path, "v1")
+    (work,) = make_plan(store, SHARDS[:1], [*FAMILIES, "other"]).pending
+    assert work.families == ("other",)
+
+
+def test_a_vanished_shard_is_reported_and_kept(tmp_path: Path) -> None:
+    store = written(tmp_path, "v1")
+    plan = make_plan(store, SHARDS[1:], FAMILIES)
+    assert {ref.shard for ref in plan.vanished} == {SHARDS[0].id}
+    settle(store, plan)
+    assert len(store.names("samples")) == 1
+
+
+def test_planning_opens_nothing(tmp_path: Path) -> None:
+    store = written(tmp_path, "v1")
+    for name in store.names("commits"):
+        store.put_atomic(f"commits/{name}", b"not read")
+    assert make_plan(store, SHARDS[:1], FAMILIES).done == 1
+
+
+def test_a_part_that_is_gone_is_named(tmp_path: Path) -> None:
+    store = written(tmp_path, "v1")
+    (ref,) = list_commits(store, "samples")
+    standing = read_commit(store, ref)
+    store.delete([standing.parts[0].final])
+    with pytest.raises(LedgerError, match="is not there"):
+        place(store, standing)
+
+
+def test_retiring_twice_is_no_error(tmp_path: Path) -> None:
+    store = written(tmp_path, "v1")
+    (ref,) = list_commits(store, "samples")
+    retire(store, ref)
+    retire(store, ref)
+    assert store.names("samples") == []
+
+
+def test_tally_adds_up_the_ledger(tmp_path: Path) -> None:
+    counts, reasons, shards = tally(written(tmp_path, "v1"), [ENCODER.name])
+    assert shards == 1 and counts["image"].items == 4 and counts["image"].embedded == 3
+    assert reasons == {"truncated_image": 1, "not_utf8": 1}
+
+
+@given(st.text("abc-_", min_size=1), st.text("0123456789abcdef", min_size=12, max_size=12), st.integers(0, 99))
+def test_a_commit_is_known_by_its_name(shard: str, version: str, generation: int) -> None:
+    ref = CommitRef("samples", shard, version, generation)
+    assert CommitRef.parse("samples", ref.path.removeprefix("commits/samples/")) == ref
