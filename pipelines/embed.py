@@ -3,23 +3,22 @@
 from __future__ import annotations
 
 import json
-import threading
 import time
 import uuid
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from collections.abc import Iterator
+from contextlib import contextmanager
 from datetime import UTC, datetime
 from typing import Any, cast
 
 import ray
 from ray.data import ActorPoolStrategy, DataContext
-from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from pipelines.decode import Decode
 from pipelines.encode import Encode
 from pipelines.errors import LedgerError, VecmillError
 from pipelines.ledger import make_plan, settle, tally
-from pipelines.observe import Meter, Observe, Stages, bottleneck
+from pipelines.meter import OnProgress, RemoteObserve, reporting, start_meter
+from pipelines.observe import Observe, Stages, bottleneck
 from pipelines.prepare import Prepared, require_output
 from pipelines.read import ShardSource
 from pipelines.record import write_record
@@ -27,7 +26,6 @@ from pipelines.storage import Store
 from pipelines.write import EmbeddingSink
 
 Report = dict[str, Any]
-OnProgress = Callable[[Stages], None]
 
 
 def pipeline(run: Prepared, observe: Observe) -> Any:
@@ -106,47 +104,6 @@ def configure(run: Prepared) -> None:
     context.actor_init_retry_on_errors = True
     context.max_consecutive_actor_init_deaths = 2
     context.execution_no_progress_timeout_s = run.config.cluster.no_progress_timeout_s
-
-
-def start_meter() -> Any:
-    """On the driver's own node: it must not be lost with a worker's, which the run survives."""
-    here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=True)
-    meter: Any = ray.remote(num_cpus=0)(Meter)
-    return meter.options(scheduling_strategy=here).remote()
-
-
-class RemoteObserve:
-    """An Observe that any worker can call; numbers on their way to a meter that died are lost, no more."""
-
-    def __init__(self, meter: Any) -> None:
-        self._meter = meter
-
-    def __call__(self, **numbers: Any) -> None:
-        with suppress(ray.exceptions.RayError):
-            self._meter.add.remote(**numbers)
-
-
-@contextmanager
-def reporting(meter: Any, on_progress: OnProgress, interval_s: float) -> Iterator[None]:
-    """Calls on_progress with the meter's reading every interval_s while the block runs, and once after."""
-    stop = threading.Event()
-
-    def report() -> None:
-        with suppress(ray.exceptions.RayError):
-            on_progress(ray.get(meter.snapshot.remote(), timeout=30))
-
-    def loop() -> None:
-        while not stop.wait(interval_s):
-            report()
-
-    thread = threading.Thread(target=loop, daemon=True)
-    thread.start()
-    try:
-        yield
-    finally:
-        stop.set()
-        thread.join()
-        report()
 
 
 @contextmanager

@@ -129,10 +129,14 @@ class Family(Protocol):
         """The spec of `reference`, without loading its weights. Raises: EncoderError, ConfigError."""
         ...
 
-    def tokenizer(self, spec: EncoderSpec) -> Tokenizer:
-        """Built once in each decode worker; loads no weights."""
-        ...
-
     def load(self, spec: EncoderSpec, device: torch.device) -> Encoder:
         """The model with exactly spec.weights. Raises: EncoderError on missing or unexpected keys."""
+        ...
+
+
+class TextFamily(Protocol):
+    """The module of a family's tokenizers."""
+
+    def tokenizer(self, spec: EncoderSpec) -> Tokenizer:
+        """Built once in each decode worker; loads no weights."""
         ...

@@ -20,9 +20,10 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from pipelines.encoders import weights
-from pipelines.encoders.base import EncoderSpec, ImageTransform, Tokenizer
+from pipelines.encoders.base import EncoderSpec, ImageTransform
 from pipelines.encoders.batch import DTYPES, Normalize, patchify, stack, trim
 from pipelines.encoders.digest import vocabulary_digest
+from pipelines.encoders.hf_text import library_tokenizer
 from pipelines.errors import ConfigError, EncoderError
 
 EXAMPLE = "hf:google/siglip2-base-patch16-224"
@@ -65,7 +66,6 @@ def describe(name: str, reference: str, options: dict[str, dict[str, Any]]) -> E
     path = folder.fetch(weights.small(names))
     config = transformers.AutoConfig.from_pretrained(path, local_files_only=True)
     model = _model_class(config, folder.reference)
-    tokens = _library_tokenizer(path, folder.reference, _KINDS[model])
     return EncoderSpec(
         name=name,
         family="hf",
@@ -78,23 +78,10 @@ def describe(name: str, reference: str, options: dict[str, dict[str, Any]]) -> E
         details={
             "model": model,
             "config": hashlib.sha256((path / "config.json").read_bytes()).hexdigest(),
-            "tokenizer": vocabulary_digest(tokens),
+            "tokenizer": _tokenizer_digest(path, folder.reference, _KINDS[model]),
         },
         options=options,
     )
-
-
-def tokenizer(spec: EncoderSpec) -> Tokenizer:
-    folder = weights.folder(spec.reference, spec.options)
-    path = folder.fetch(weights.small(folder.names()))
-    tokens = _library_tokenizer(path, spec.name, _KINDS[spec.details["model"]])
-
-    def tokenize(captions: list[str]) -> NDArray[np.int32]:
-        """int32 [n, context_length], padded to the full length."""
-        encoded = tokens(captions, padding="max_length", truncation=True, max_length=spec.context_length)
-        return np.asarray(encoded["input_ids"], np.int32)
-
-    return tokenize
 
 
 def load(spec: EncoderSpec, device: torch.device) -> HfEncoder:
@@ -198,14 +185,14 @@ def _load_strictly(cls: Any, path: Path, dtype: torch.dtype, name: str) -> Any:
     return model
 
 
-def _library_tokenizer(path: Path, name: str, kind: _Kind) -> Any:
-    tokens = transformers.AutoTokenizer.from_pretrained(path, local_files_only=True)
+def _tokenizer_digest(path: Path, name: str, kind: _Kind) -> str:
+    tokens = library_tokenizer(path)
     if not kind.causal and tokens.padding_side != "right":
         raise EncoderError(
             f"{name}: the tokenizer pads on the {tokens.padding_side}, the model was trained on the right.",
             'Set "padding_side": "right" in its tokenizer_config.json.',
         )
-    return tokens
+    return vocabulary_digest(tokens)
 
 
 # -- images --------------------------------------------------------------------------------------

@@ -6,7 +6,6 @@ the layer norms in fp32.
 
 from __future__ import annotations
 
-import hashlib
 import warnings
 from collections.abc import Callable
 from dataclasses import replace
@@ -17,22 +16,18 @@ import numpy as np
 import open_clip
 import torch
 from numpy.typing import NDArray
-from open_clip.tokenizer import SimpleTokenizer, default_bpe
 from safetensors import safe_open
 
 from pipelines.encoders import weights
-from pipelines.encoders.base import EncoderSpec, ImageTransform, Tokenizer
+from pipelines.encoders.base import EncoderSpec, ImageTransform
 from pipelines.encoders.batch import DTYPES, Normalize, stack, trim
-from pipelines.encoders.digest import vocabulary_digest
-from pipelines.encoders.open_clip_source import EXAMPLE, Source, resolve
+from pipelines.encoders.open_clip_source import EXAMPLE, resolve
+from pipelines.encoders.open_clip_text import library_tokenizer, tokenizer_digest
 from pipelines.errors import EncoderError
 
-__all__ = ["EXAMPLE", "OpenClipEncoder", "describe", "load", "tokenizer"]
+__all__ = ["EXAMPLE", "OpenClipEncoder", "describe", "load"]
 
 _POSITIONS = ("visual.positional_embedding", "positional_embedding", "text.positional_embedding")
-# A token of CLIP's vocabulary has at most 32 characters; 77 of them never reach this far.
-_LONGEST_CAPTION = 16_384
-
 
 _EncodeText = Callable[[torch.Tensor], torch.Tensor]
 
@@ -54,17 +49,7 @@ def describe(name: str, reference: str, options: dict[str, dict[str, Any]]) -> E
         details={"model": source.model},
         options=options,
     )
-    return replace(spec, details={**spec.details, "tokenizer": _tokenizer_digest(_library_tokenizer(source))})
-
-
-def tokenizer(spec: EncoderSpec) -> Tokenizer:
-    tokens = _library_tokenizer(resolve(spec.reference, spec.options))
-
-    def tokenize(captions: list[str]) -> NDArray[np.int32]:
-        """int32 [n, context_length]."""
-        return np.asarray(tokens([_bounded(caption) for caption in captions]), np.int32)
-
-    return tokenize
+    return replace(spec, details={**spec.details, "tokenizer": tokenizer_digest(library_tokenizer(source))})
 
 
 def load(spec: EncoderSpec, device: torch.device) -> OpenClipEncoder:
@@ -186,22 +171,6 @@ def _pair(size: Any) -> tuple[int, int]:
 def _triple(value: Any) -> tuple[float, float, float]:
     red, green, blue = value if isinstance(value, list | tuple) else (value,) * 3
     return float(red), float(green), float(blue)
-
-
-def _library_tokenizer(source: Source) -> Any:
-    path = Path() if source.arch else source.folder.fetch(weights.small(source.folder.names()))
-    return open_clip.get_tokenizer(source.identifier(path))
-
-
-def _tokenizer_digest(tokens: Any) -> str:
-    if isinstance(tokens, SimpleTokenizer):
-        return hashlib.sha256(Path(default_bpe()).read_bytes()).hexdigest()
-    return vocabulary_digest(tokens.tokenizer)
-
-
-def _bounded(caption: str) -> str:
-    """No more than can reach the model: open_clip's own tokenizer is quadratic in a word's length."""
-    return caption if len(caption) <= _LONGEST_CAPTION else " ".join(caption.split())[:_LONGEST_CAPTION]
 
 
 def _refuse_resized(model: torch.nn.Module, checkpoint: Path, name: str) -> None:

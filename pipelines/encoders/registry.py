@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 from importlib import import_module
+from types import ModuleType
 from typing import TYPE_CHECKING, Any, cast
 
-from pipelines.encoders.base import Encoder, EncoderSpec, Family, Tokenizer
+from pipelines.encoders.base import Encoder, EncoderSpec, Family, TextFamily, Tokenizer
 from pipelines.errors import ConfigError
 
 if TYPE_CHECKING:
     import torch
 
 FAMILIES = ("open_clip", "hf")
-"""Each a module of this package."""
+"""Each a module of this package; another, `<family>_text`, has its tokenizer, all that decode workers need of it."""
 
 
 def describe(name: str, options: dict[str, dict[str, Any]] | None = None) -> EncoderSpec:
@@ -32,7 +33,7 @@ def describe(name: str, options: dict[str, dict[str, Any]] | None = None) -> Enc
 
 def tokenizer(spec: EncoderSpec) -> Tokenizer:
     """Loads no weights; thread-safe use is one instance a thread."""
-    return _family(spec.family).tokenizer(spec)
+    return cast(TextFamily, _module(f"{spec.family}_text")).tokenizer(spec)
 
 
 def load(spec: EncoderSpec, device: torch.device) -> Encoder:
@@ -42,4 +43,8 @@ def load(spec: EncoderSpec, device: torch.device) -> Encoder:
 
 def _family(name: str) -> Family:
     """Imported when first asked for: a machine needs the libraries of the families it uses, no others."""
-    return cast(Family, import_module(f"pipelines.encoders.{name}"))
+    return cast(Family, _module(name))
+
+
+def _module(name: str) -> ModuleType:
+    return import_module(f"pipelines.encoders.{name}")

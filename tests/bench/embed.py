@@ -35,7 +35,8 @@ from pipelines.ledger import Work
 from pipelines.observe import Stages
 from pipelines.prepare import prepare
 from pipelines.read import read_shard
-from pipelines.scenes import jpeg, scene
+from pipelines.scenes import scene
+from pipelines.scenes.compose import jpeg
 from pipelines.sources import plan_shards
 from pipelines.storage import Store
 from tests.checkpoints import save_open_clip
