@@ -4,7 +4,7 @@ VENV ?= .venv
 BIN = $(VENV)/bin
 READY = $(VENV)/.ready
 
-.PHONY: demo test lint types setup bench fault lock
+.PHONY: demo test lint types setup bench lock
 
 demo: $(READY)
 	$(BIN)/vecmill demo
@@ -12,9 +12,6 @@ demo: $(READY)
 test: $(READY)
 	$(BIN)/python -m pytest tests/unit tests/gpu -n 2 --dist loadfile
 	$(BIN)/python -m pytest tests/flow
-
-fault: $(READY)
-	$(BIN)/python -m pytest tests/flow -m slow
 
 lint: $(READY)
 	$(BIN)/ruff check .

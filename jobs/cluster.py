@@ -4,16 +4,21 @@ from __future__ import annotations
 
 import logging
 import os
+import socket
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
+
+from tenacity import Retrying, retry_if_exception_type, stop_after_delay, wait_fixed
 
 from pipelines.errors import PreflightError
 from pipelines.prepare import Cluster
 
 # One core may still read while the other encodes; Ray counts declared CPUs, not real ones.
 LEAST_LOCAL_CPUS = 3
+# A cluster that a script has just started may need a moment.
+LISTENER_WAIT_S, CONNECT_TIMEOUT_S = 10, 5
 
 
 @contextmanager
@@ -30,6 +35,7 @@ def connected(address: str | None) -> Iterator[Cluster]:
 
     address = address or os.environ.get("RAY_ADDRESS")
     try:
+        require_listener(address)
         with quiet_start():
             _connect(address)
     except Exception as error:
@@ -43,6 +49,19 @@ def connected(address: str | None) -> Iterator[Cluster]:
         yield resources(None if address else float(os.cpu_count() or 1))
     finally:
         ray.shutdown()
+
+
+def require_listener(address: str | None) -> None:
+    """Ray itself would try for 20 minutes. Raises: OSError where nothing listens at HOST:PORT."""
+    host, colon, port = (address or "").rpartition("://")[2].rpartition(":")
+    if colon and port.isdecimal():
+        waited = Retrying(
+            retry=retry_if_exception_type(OSError),
+            stop=stop_after_delay(LISTENER_WAIT_S),
+            wait=wait_fixed(1),
+            reraise=True,
+        )
+        waited(socket.create_connection, (host.strip("[]"), int(port)), CONNECT_TIMEOUT_S).close()
 
 
 def _connect(address: str | None) -> None:

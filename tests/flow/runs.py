@@ -1,9 +1,7 @@
-"""Runs on a local Ray: in this process, or as `vecmill` in one of its own."""
+"""Runs of the embed job, in this process or from a recipe."""
 
 from __future__ import annotations
 
-import subprocess
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -25,7 +23,6 @@ SMALL: dict[str, Any] = {
     "encode": {"batch_size": 8, "threads": 1},
     "write": {"rows_per_task": 10, "reject_ceiling": 0.5},
 }
-TIMEOUT_S = 1_200
 
 
 def settings(input: str | list[str], output: str | Path, checkpoint: Path, **more: Any) -> dict[str, Any]:
@@ -49,14 +46,6 @@ def embedded(recipe: dict[str, Any]) -> tuple[Store, Report]:
 def write_recipe(path: Path, recipe: dict[str, Any]) -> str:
     path.write_text(yaml.safe_dump(recipe))
     return str(path)
-
-
-def vecmill(*arguments: str, status: int = 0) -> str:
-    """What the command printed; it must end with `status`."""
-    command = [sys.executable, "-m", "jobs", *arguments]
-    done = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, timeout=TIMEOUT_S)
-    assert done.returncode == status, f"{' '.join(command)} ended with {done.returncode}:\n{done.stdout}"
-    return done.stdout
 
 
 def rows(store: Store, dataset: str) -> Iterator[dict[str, Any]]:

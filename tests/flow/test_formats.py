@@ -21,7 +21,8 @@ import pipelines.embed
 from pipelines.scenes import key_of, planned_damage, scene, write_shards
 from pipelines.scenes.compose import jpeg
 from pipelines.storage import Store
-from tests.flow.runs import TIMEOUT_S, embedded, rows, settings, vecmill, write_recipe
+from tests.flow.command import TIMEOUT_S, vecmill
+from tests.flow.runs import embedded, rows, settings, write_recipe
 from tests.unit.encoders.reference import OpenClipReference
 
 pytestmark = pytest.mark.timeout(2 * TIMEOUT_S)

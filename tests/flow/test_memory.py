@@ -7,14 +7,11 @@ import tarfile
 from pathlib import Path
 
 import numpy as np
-import pytest
 from PIL import Image
 
 from pipelines.config import RunConfig, validate
 from pipelines.embed import embed
 from pipelines.prepare import Cluster, prepare
-
-pytestmark = pytest.mark.slow
 
 IMAGES_PER_SHARD, SIDE = 24, 512
 MIB_PER_SHARD = IMAGES_PER_SHARD * SIDE * SIDE * 3 / 2**20

@@ -14,10 +14,11 @@ import pytest
 
 from pipelines.scenes import write_shards
 from pipelines.storage import Store
+from tests.flow.command import TIMEOUT_S
 from tests.flow.outputs import assert_same
-from tests.flow.runs import TIMEOUT_S, embedded, settings
+from tests.flow.runs import embedded, settings
 
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(2 * TIMEOUT_S)]
+pytestmark = pytest.mark.timeout(2 * TIMEOUT_S)
 
 SHARDS, SAMPLES = 8, 160
 # A killed node is noticed soon, and a slow machine's is not taken for dead.

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import os
 import signal
-import subprocess
-import sys
 import threading
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -18,12 +16,12 @@ from pipelines.ledger import list_commits
 from pipelines.scenes import write_shards
 from pipelines.storage import Store
 from tests.ceph import missing_programs
+from tests.flow.command import TIMEOUT_S, Command, vecmill
 from tests.flow.outputs import assert_same
-from tests.flow.runs import TIMEOUT_S, embedded, settings, vecmill, write_recipe
+from tests.flow.runs import embedded, settings, write_recipe
 from tests.s3_proxy import S3Proxy, Trap
 
 pytestmark = [
-    pytest.mark.slow,
     pytest.mark.timeout(2 * TIMEOUT_S),
     pytest.mark.skipif(bool(missing_programs()), reason="Ceph is not installed here: radosgw, ceph-mon, ceph-osd"),
 ]
@@ -90,10 +88,10 @@ def test_killed_as_a_commit_lands_and_resumed(
 
 def kill_at_first_commit(proxy: S3Proxy, recipe: str, address: str) -> None:
     """SIGKILL once the store has the encoder's first commit; its acknowledgement is lost."""
-    command = [sys.executable, "-m", "jobs", "embed", recipe, "--address", address]
-    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    process = Command(["embed", recipe, "--address", address])
     proxy.trap = Trap(
         "PUT", lambda path: "/killed/commits/clip/" in path, lambda: os.kill(process.pid, signal.SIGKILL), after=True
     )
-    assert process.wait(TIMEOUT_S) == -signal.SIGKILL
+    status, printed = process.wait()
+    assert status == -signal.SIGKILL, printed
     proxy.trap = None

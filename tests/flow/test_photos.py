@@ -18,13 +18,13 @@ import s3fs
 
 from pipelines.storage import Store
 from tests.checkpoints import save_open_clip
+from tests.flow.command import TIMEOUT_S, vecmill
 from tests.flow.outputs import datasets, read_part, vectors
-from tests.flow.runs import TIMEOUT_S, settings, vecmill, write_recipe
+from tests.flow.runs import settings, write_recipe
 from tests.unit.encoders.reference import OpenClipReference, error, spread
 
 DATA = os.environ.get("VECMILL_TEST_DATA")
 pytestmark = [
-    pytest.mark.slow,
     pytest.mark.timeout(2 * TIMEOUT_S),
     pytest.mark.skipif(not DATA, reason="VECMILL_TEST_DATA does not name a folder with photos/photos-*.tar"),
 ]

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import os
 import signal
-import subprocess
-import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -16,10 +14,9 @@ import yaml
 from pipelines.ledger import list_commits
 from pipelines.scenes import write_shards
 from pipelines.storage import Store
+from tests.flow.command import Command
 from tests.flow.outputs import assert_same, datasets
 from tests.s3_proxy import S3Proxy, Trap
-
-pytestmark = pytest.mark.slow
 
 SHARDS, SAMPLES = 4, 100
 
@@ -49,7 +46,7 @@ class Runs:
     def store(self, output: str) -> Store:
         return Store(f"s3://resume/{output}", self.options)
 
-    def start(self, output: str) -> subprocess.Popen[str]:
+    def start(self, output: str) -> Command:
         recipe = self._folder / f"{output}.yaml"
         settings = {
             "input": "s3://resume/in/*.tar",
@@ -64,16 +61,15 @@ class Runs:
             "storage": self.options,
         }
         recipe.write_text(yaml.safe_dump(settings))
-        command = [sys.executable, "-m", "jobs", "embed", str(recipe), "--address", self._address]
-        return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+        return Command(["embed", str(recipe), "--address", self._address])
 
-    def run(self, output: str, trap: Callable[[subprocess.Popen[str]], Trap] | None = None) -> tuple[int, str]:
+    def run(self, output: str, trap: Callable[[Command], Trap] | None = None) -> tuple[int, str]:
         """Exit status and what was printed. With a trap, until the process has died of it."""
         process = self.start(output)
         self.proxy.trap = trap(process) if trap else None
-        printed, _ = process.communicate(timeout=300)
+        ended = process.wait()
         self.proxy.trap = None
-        return process.returncode, printed
+        return ended
 
 
 @pytest.fixture(scope="module")
@@ -83,7 +79,7 @@ def runs(tmp_path_factory: pytest.TempPathFactory, checkpoint: Path, proxy: S3Pr
 
 
 def driver_dies(method: str, part_of_path: str, after: bool = False, at: int = 1) -> Callable[..., Trap]:
-    def trap(process: subprocess.Popen[str]) -> Trap:
+    def trap(process: Command) -> Trap:
         def matches(path: str) -> bool:
             return part_of_path in path and "/killed/" in path
 
