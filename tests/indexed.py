@@ -160,7 +160,7 @@ def _write(
 
 
 def everything(root: Path, modality: str, encoder: str = ENCODER) -> tuple[list[Item], np.ndarray]:
-    """Every item in id order with float32 [n, dim], read by pandas' own reader, not by ours."""
+    """Every item in id order with float32 [n, dim], read by pyarrow alone."""
     items: list[Item] = []
     found = []
     for path in sorted((root / "embeddings" / encoder / modality).glob("*.parquet")):

@@ -9,7 +9,7 @@ import asyncio
 import threading
 from collections import Counter
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from urllib.parse import unquote
 
 from aiohttp import ClientSession, TCPConnector, web
@@ -20,21 +20,24 @@ HOP_BY_HOP = {"connection", "keep-alive", "transfer-encoding", "te", "upgrade"}
 
 @dataclass
 class Trap:
-    """Springs at the `at`-th request of `method` whose path matches; after: once the store has answered."""
+    """Springs at the `at`-th request of `method` (* for any) whose path matches, or at every one.
+
+    after: once the store has answered. The request's own connection is cut in any case.
+    """
 
     method: str
     matches: Callable[[str], bool]
     spring: Callable[[], None]
     at: int = 1
     after: bool = False
-    sprung: threading.Event = field(default_factory=threading.Event)
+    every: bool = False
     seen: int = 0
 
     def hit(self, method: str, path: str) -> bool:
-        if method != self.method or self.sprung.is_set() or not self.matches(path):
+        if self.method not in ("*", method) or not self.matches(path):
             return False
         self.seen += 1
-        return self.seen == self.at
+        return self.every or self.seen == self.at
 
 
 class S3Proxy:
@@ -43,7 +46,6 @@ class S3Proxy:
     def __init__(self, upstream: str) -> None:
         self._upstream = upstream
         self.bytes_read: Counter[str] = Counter()
-        self.requests: Counter[str] = Counter()
         self.trap: Trap | None = None
         self._loop = asyncio.new_event_loop()
         self._thread = threading.Thread(target=self._loop.run_forever, daemon=True)
@@ -75,7 +77,6 @@ class S3Proxy:
 
     async def _handle(self, request: web.Request) -> web.StreamResponse:
         path = unquote(request.path)
-        self.requests[request.method] += 1
         trap = self.trap if self.trap and self.trap.hit(request.method, path) else None
         if trap and not trap.after:
             return self._spring(trap, request)
@@ -86,7 +87,6 @@ class S3Proxy:
 
     def _spring(self, trap: Trap, request: web.Request) -> web.Response:
         trap.spring()
-        trap.sprung.set()
         if request.transport:
             request.transport.abort()
         return web.Response()

@@ -10,6 +10,7 @@ import pytest
 
 from tests import ceph
 from tests.checkpoints import save_open_clip
+from tests.s3_server import s3_server
 
 QUIET = {"RAY_USAGE_STATS_ENABLED": "0", "RAY_DATA_DISABLE_PROGRESS_BARS": "1", "OMP_NUM_THREADS": "1"}
 
@@ -65,14 +66,9 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def object_store() -> Iterator[str]:
-    """The URL of an S3 server on loopback. moto: conditional puts and listings as S3's."""
-    from moto.server import ThreadedMotoServer
-
-    server = ThreadedMotoServer("127.0.0.1", 0, verbose=False)
-    server.start()
-    host, port = server.get_host_and_port()
-    yield f"http://{host}:{port}"
-    server.stop()
+    """The URL of an S3 server on loopback, with conditional puts and listings as S3's."""
+    with s3_server() as url:
+        yield url
 
 
 @pytest.fixture(scope="session")

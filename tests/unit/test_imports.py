@@ -1,6 +1,8 @@
 """Imports go one way, and the heavy libraries stay where they belong."""
 
 import ast
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -12,7 +14,7 @@ LAYERS = [
     {"storage"},
     {"fragments", "ledger", "record"},
     {"sources", "encoders", "scenes", "families"},
-    {"prepare", "read", "decode", "overlap", "encode", "merge", "write"},
+    {"prepare", "meter", "read", "decode", "overlap", "encode", "merge", "write"},
     {"embed"},
     {"index"},
     {"search"},
@@ -20,8 +22,8 @@ LAYERS = [
 # record.py describes an encoder by its spec, which is light; nothing else may reach up.
 ALLOWED_UP = {("record", "encoders")}
 HEAVY = {
-    "ray": {"read", "write", "embed", "index"},
-    "torch": {"encoders", "encode", "overlap", "decode"},
+    "ray": {"read", "write", "meter", "embed", "index"},
+    "torch": {"encoders", "encode", "overlap"},
     "faiss": {"index", "search"},
     "autofaiss": {"index"},
 }
@@ -74,3 +76,11 @@ def test_heavy_libraries_stay_in_their_place(path: Path) -> None:
 def test_pipelines_read_no_environment_and_no_arguments(path: Path) -> None:
     source = path.read_text()
     assert "os.environ" not in source and "getenv" not in source and "sys.argv" not in source
+
+
+def test_workers_that_do_not_encode_import_no_torch() -> None:
+    """630 MB each, and a node has dozens of them."""
+    code = (
+        "import sys, pipelines.read, pipelines.decode, pipelines.write, pipelines.meter; print('torch' in sys.modules)"
+    )
+    assert subprocess.check_output([sys.executable, "-c", code], text=True).strip() == "False"

@@ -159,17 +159,31 @@ JSON = st.recursive(
     lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=8), inner, max_size=3),
     max_leaves=6,
 )
-FIELDS = st.sampled_from(["key", "image", "caption", "captions", "label", "n"])
+FIELDS = ["key", "caption", "captions", "label", "n"]
+
+
+def records(fields: list[str]) -> st.SearchStrategy[list[Any]]:
+    return st.lists(st.dictionaries(st.sampled_from(fields), JSON, max_size=5) | JSON, max_size=6)
+
+
+def read_records(records: list[Any], per_slice: int) -> list[Sample]:
+    uri = put("a.jsonl", "\n".join(map(json.dumps, [{"key": "first", "caption": "c"}, *records])).encode())
+    found: list[Sample] = read(uri, samples_per_slice=per_slice)
+    for sample in found:
+        json.dumps(sample.metadata, allow_nan=False, ensure_ascii=False).encode()
+    return found
 
 
 @settings(max_examples=60, deadline=None, suppress_health_check=list(HealthCheck))
-@given(st.lists(st.dictionaries(FIELDS, JSON, max_size=5) | JSON, max_size=6), st.integers(1, 4))
+@given(records(FIELDS), st.integers(1, 4))
 def test_whatever_json_says_every_row_is_there(records: list[Any], per_slice: int) -> None:
-    uri = put("a.jsonl", "\n".join(map(json.dumps, [{"key": "first", "caption": "c"}, *records])).encode())
-    found: list[Sample] = read(uri, samples_per_slice=per_slice)
-    assert len(found) <= len(records) + 1
-    for sample in found:
-        json.dumps(sample.metadata, allow_nan=False, ensure_ascii=False).encode()
+    assert len(read_records(records, per_slice)) == len(records) + 1
+
+
+@settings(max_examples=60, deadline=None, suppress_health_check=list(HealthCheck))
+@given(records([*FIELDS, "image"]), st.integers(1, 4))
+def test_rows_of_one_image_after_another_are_one_sample(records: list[Any], per_slice: int) -> None:
+    assert 1 <= len(read_records(records, per_slice)) <= len(records) + 1
 
 
 def test_one_image_without_sentences_is_one_reject() -> None:
