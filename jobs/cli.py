@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import sys
+import traceback
+from tempfile import NamedTemporaryFile
 
 import typer
 
@@ -33,6 +35,16 @@ def main() -> None:
     except VecmillError as error:
         err.print(f"vecmill: {error}", markup=False, style="red")
         sys.exit(error.exit_code)
+    except Exception as error:
+        with NamedTemporaryFile("w", prefix="vecmill-", suffix=".log", delete=False) as log:
+            traceback.print_exc(file=log)
+        err.print(
+            f"vecmill: failed in a way it does not know: {type(error).__name__}: {str(error).splitlines()[:1]}\n"
+            f"  The whole story is in {log.name}; what is committed stays. Please report it.",
+            markup=False,
+            style="red",
+        )
+        sys.exit(1)
     except KeyboardInterrupt:
         err.print("vecmill: stopped. What is committed stays; run the same command to go on.", style="red")
         sys.exit(130)

@@ -104,9 +104,12 @@ def resources(node_cpus: float | None) -> Cluster:
 
     alive: list[dict[str, Any]] = [node["Resources"] for node in ray.nodes() if node["Alive"]]  # type: ignore[no-untyped-call]
     cpus = [node["CPU"] for node in alive if node.get("CPU")]
+    gpus = [node.get("GPU", 0.0) for node in alive]
     return Cluster(
         cpus=sum(cpus),
-        gpus=sum(node.get("GPU", 0.0) for node in alive),
+        gpus=sum(gpus),
         nodes=len(cpus) or 1,
         node_cpus=node_cpus or max(cpus, default=1.0),
+        node_gpus=max(gpus, default=0.0),
+        node_memory_mib=max((node.get("memory", 0.0) for node in alive), default=0.0) / 2**20,
     )

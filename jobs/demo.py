@@ -93,7 +93,8 @@ def build(store: Store, encoder: str) -> None:
 
 
 def search(store: Store, folder: Path) -> None:
-    from pipelines.search import Query, Searcher, embed_queries, query_spec
+    from pipelines.queries import Query, embed_queries, query_spec
+    from pipelines.search import Searcher
 
     paths = [altered_copy(index, folder) for index in SOUGHT]
     searcher: Searcher = Searcher(store, "demo")

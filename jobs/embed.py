@@ -73,6 +73,9 @@ def plan(
     format: options.Format = None,
     modalities: options.Modalities = None,
     precision: options.PrecisionFlag = None,
+    batch_size: options.BatchSize = None,
+    dtype: options.Dtype = None,
+    reject_ceiling: Ceiling = None,
     set: options.Set = None,
     address: options.Address = None,
 ) -> None:
@@ -80,7 +83,10 @@ def plan(
 
     Example: vecmill plan recipe.yaml
     """
-    embed(what, encoder, output, name, format, modalities, precision, set=set, address=address, dry_run=True)
+    embed(
+        what, encoder, output, name, format, modalities, precision, batch_size, dtype, reject_ceiling,
+        set=set, address=address, dry_run=True,
+    )  # fmt: skip
 
 
 def with_whole_output(config: RunConfig) -> RunConfig:
@@ -106,12 +112,25 @@ def show_plan(run: Prepared, cluster: Cluster) -> None:
         "output": f"{config.output}/embeddings/{run.folder}",
         "encode": f"{encode.actors} actors of {encode.gpus_per_actor:g} GPUs and {encode.cpus_per_actor:g} CPUs, "
         f"batches of {encode.batch_size}",
+        "settings": " ".join(f"{key}={value}" for key, value in chosen(config.model_dump(mode="json")).items()),
         "resources": f"{needed_cpus:g} CPUs and {int(encode.actors) * float(encode.gpus_per_actor):g} GPUs needed, "
         f"the cluster has {cluster.cpus:g} and {cluster.gpus:g}",
     }
     hidden = [name for name in ("changed", "vanished") if facts[name].startswith("0 ")]
     print_plan({name: fact for name, fact in facts.items() if name not in hidden})
     out.print("Nothing was changed. Run `vecmill embed` with the same arguments to start.")
+
+
+def chosen(settings: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """All settings under dotted names, as --set takes them, less what the plan tells anyway and secrets."""
+    told = {"input", "output", "encoder", "name", "modalities", "storage", "index"}
+    found: dict[str, Any] = {}
+    for key, value in settings.items():
+        if isinstance(value, dict) and key not in told:
+            found |= chosen(value, f"{prefix}{key}.")
+        elif key not in told:
+            found[f"{prefix}{key}"] = value
+    return found
 
 
 def run_embed(run: Prepared, prune: bool = False) -> None:
@@ -127,6 +146,7 @@ def run_embed(run: Prepared, prune: bool = False) -> None:
     with RunProgress(pending) as progress:
         report = embed_pending(run, progress)
     print_report(report)
+    show_stale(run)
     show_vanished(run, prune)
     if prune:
         for ref in run.plan.vanished:
@@ -140,6 +160,17 @@ def run_embed(run: Prepared, prune: bool = False) -> None:
             markup=False,
         )
         raise typer.Exit(ABOVE_CEILING)
+
+
+def show_stale(run: Prepared) -> None:
+    """Other encoders whose vectors of changed shards went with the samples they were made of."""
+    plan = run.plan
+    replaced = [*plan.superseded, *plan.recut, *(ref for refs in plan.changed.values() for ref in refs)]
+    for folder in sorted({ref.family for ref in replaced} - run.families.keys()):
+        shards = len({ref.shard for ref in replaced if ref.family == folder})
+        out.print(
+            f"  {folder}: {shards:,} shards have changed and lost their vectors; run its embed again", markup=False
+        )
 
 
 def show_vanished(run: Prepared, prune: bool) -> None:

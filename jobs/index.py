@@ -8,17 +8,20 @@ import typer
 
 from jobs.cluster import connected
 from jobs.console import err, out, size
-from jobs.options import Address, OutputArgument, Set, assignments_of, output_store
+from jobs.options import (
+    Address,
+    EncoderFolder,
+    ModalityFlag,
+    NamedOutput,
+    OutputArgument,
+    Set,
+    assignments_of,
+    named_output,
+)
 from pipelines.config import IndexConfig, validate
-from pipelines.contracts import Modality
-from pipelines.errors import ConfigError
 from pipelines.record import read_record
 from pipelines.storage import Store
 
-ModalityFlag = Annotated[str, typer.Option(help="image or text: whose vectors are indexed.")]
-Folder = Annotated[
-    str | None, typer.Option("--encoder", help="The encoder's folder; needed where the output has several.")
-]
 IndexKey = Annotated[
     str | None, typer.Option(help="FAISS factory string, as in OPQ64_256,IVF4096,PQ64x8; chosen if left out.")
 ]
@@ -32,7 +35,7 @@ Force = Annotated[bool, typer.Option("--force", help="Build again although nothi
 
 def index(
     output: OutputArgument,
-    encoder: Folder = None,
+    encoder: EncoderFolder = None,
     modality: ModalityFlag = "image",
     index_key: IndexKey = None,
     metric: Metric = None,
@@ -51,10 +54,8 @@ def index(
     from pipelines.index.build import build_index
     from pipelines.search import choose_encoder
 
-    if modality not in ("image", "text"):
-        raise ConfigError(f"--modality {modality}: image or text is expected")
-    store = output_store(output)
-    folder = choose_encoder(store, encoder)
+    named = named_output(output)
+    folder = choose_encoder(named.store, encoder or named.encoder)
     flags = {
         "index_key": index_key,
         "metric": metric,
@@ -63,19 +64,20 @@ def index(
         "max_query_ms": max_query_ms,
         "seed": seed,
     }
-    settings = index_settings(store, flags, set)
-    with connected(address):
-        kind: Modality = "image" if modality == "image" else "text"
-        release = build_index(store, folder, kind, settings, lambda line: err.print(line, markup=False), force)
-    print_release(store, release)
+    settings = index_settings(named, flags, set)
+    with connected(address or (named.recipe.cluster.address if named.recipe else None)):
+        release = build_index(
+            named.store, folder, modality, settings, lambda line: err.print(line, markup=False), force
+        )
+    print_release(named.store, release)
 
 
-def index_settings(store: Store, flags: dict[str, Any], assignments: list[str] | None) -> IndexConfig:
-    """The recipe's index section as recorded by the embed run, with flags on top."""
-    recorded = read_record(store).settings.get("index", {})
+def index_settings(named: NamedOutput, flags: dict[str, Any], assignments: list[str] | None) -> IndexConfig:
+    """The recipe's index section, else the one that the embed run recorded, with flags on top."""
+    section = named.recipe.index.model_dump() if named.recipe else read_record(named.store).settings.get("index", {})
     given = {key.removeprefix("index."): value for key, value in assignments_of(assignments).items()}
     chosen = {key: value for key, value in {**flags, **given}.items() if value is not None}
-    return validate(IndexConfig, {**recorded, **chosen})
+    return validate(IndexConfig, {**section, **chosen})
 
 
 def print_release(store: Store, release: Any) -> None:

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, NamedTuple
 
 import typer
 import yaml
 
 from pipelines.config import RunConfig, load_config
+from pipelines.contracts import Modality
 from pipelines.errors import ConfigError
 from pipelines.storage import Store, whole_uri
 
@@ -40,6 +41,10 @@ RECIPE_SUFFIXES = (".yaml", ".yml")
 OutputArgument = Annotated[
     str, typer.Argument(help="The output of an embed run, or the run's recipe (.yaml).", show_default=False)
 ]
+EncoderFolder = Annotated[
+    str | None, typer.Option("--encoder", help="The encoder's folder; needed where the output has several.")
+]
+ModalityFlag = Annotated[Modality, typer.Option(help="Whose vectors.")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON document instead of text.")]
 
 
@@ -79,9 +84,21 @@ def output_store_root(output: str) -> str:
     return output
 
 
-def output_store(given: str) -> Store:
-    """The output that is named, or that a recipe names, with the recipe's storage settings. Raises: ConfigError."""
+class NamedOutput(NamedTuple):
+    """An output as the command line names it. recipe: the one that names it, where one does."""
+
+    store: Store
+    recipe: RunConfig | None
+
+    @property
+    def encoder(self) -> str | None:
+        """The encoder's folder as the recipe aliases it."""
+        return self.recipe.name if self.recipe else None
+
+
+def named_output(given: str) -> NamedOutput:
+    """With the recipe's storage settings, where a recipe is given. Raises: ConfigError."""
     if not given.endswith(RECIPE_SUFFIXES):
-        return Store(output_store_root(given))
-    config = load_config(given)
-    return Store(output_store_root(config.output), config.storage)
+        return NamedOutput(Store(output_store_root(given)), None)
+    recipe = load_config(given)
+    return NamedOutput(Store(output_store_root(recipe.output), recipe.storage), recipe)

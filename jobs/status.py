@@ -6,7 +6,7 @@ import json
 from typing import Any
 
 from jobs.console import err, out
-from jobs.options import AsJson, OutputArgument, output_store
+from jobs.options import AsJson, OutputArgument, named_output
 from pipelines.config import RunConfig, validate
 from pipelines.contracts import SAMPLES_FAMILY
 from pipelines.errors import InputError, StorageError
@@ -21,7 +21,7 @@ def status(output: OutputArgument, as_json: AsJson = False) -> None:
 
     Example: vecmill status s3://bucket/emb
     """
-    store = output_store(output)
+    store = named_output(output).store
     record = read_record(store)
     if not record.encoders:
         raise InputError(f"{store.root} is not the output of an embed run: it has no run.json", "Check the path.")

@@ -22,6 +22,7 @@ from pydantic import (
     field_validator,
 )
 
+from pipelines.contracts import SAMPLES_FAMILY
 from pipelines.errors import ConfigError
 
 Auto = Literal["auto"]
@@ -45,7 +46,7 @@ class ReadConfig(Section):
     samples_per_slice: int = Field(10_000, ge=1, description="samples a folder or manifest is cut into")
     rows_per_shard: int = Field(50_000, ge=1, description="rows above which a Parquet file is cut, at row groups")
     rows_per_block: int = Field(256, ge=1, description="samples read into one block")
-    block_mib: int = Field(32, ge=1, description="bytes of images read into one block, MiB")
+    block_mib: int = Field(32, ge=1, description="bytes of images, captions and metadata read into one block, MiB")
     image_column: str | None = Field(None, description="Parquet or manifest column of image bytes, path or URL")
     caption_column: str | None = Field(None, description="Parquet or manifest column of a caption or a list of them")
     key_column: str | None = Field(None, description="Parquet or manifest column of the sample's key")
@@ -127,6 +128,13 @@ class RunConfig(Section):
     storage: dict[str, dict[str, Any]] = Field(
         {}, description="file system options by protocol: {s3: {endpoint_url: …}}"
     )
+
+    @field_validator("name")
+    @classmethod
+    def _not_the_samples(cls, value: str | None) -> str | None:
+        if value == SAMPLES_FAMILY:
+            raise ValueError(f"{SAMPLES_FAMILY} is the name of the samples' own family; any other name is allowed")
+        return value
 
     @field_validator("output")
     @classmethod

@@ -70,8 +70,8 @@ class Sample:
     image: the encoded bytes (JPEG, PNG, …), None where the sample has none or it was rejected.
     has_image: the sample came with an image, readable or not; then it is embedded or rejected.
     captions: in order; None where one was rejected, so that positions stay.
-    uri, offset, length: where the image's bytes lie (byte range of a tar member; the whole file in
-        a folder); row_group in place of the byte range for Parquet.
+    uri, offset, length: where the image's bytes lie (byte range of a tar member, as unpacked where the
+        tar is gzipped; the whole file in a folder); row_group in place of the byte range for Parquet.
     """
 
     key: str

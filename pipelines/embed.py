@@ -8,7 +8,7 @@ import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import UTC, datetime
-from typing import Any, cast
+from typing import Any
 
 import ray
 from ray.data import ActorPoolStrategy, DataContext
@@ -16,8 +16,8 @@ from ray.data import ActorPoolStrategy, DataContext
 from pipelines.decode import Decode
 from pipelines.encode import Encode
 from pipelines.errors import LedgerError, VecmillError
-from pipelines.ledger import make_plan, settle, tally
-from pipelines.meter import OnProgress, RemoteObserve, reporting, start_meter
+from pipelines.ledger import conclude, settle, tally
+from pipelines.meter import OnProgress, RemoteObserve, reading, reporting, start_meter
 from pipelines.observe import Observe, Stages, bottleneck
 from pipelines.prepare import Prepared, require_output
 from pipelines.read import ShardSource
@@ -48,7 +48,9 @@ def pipeline(run: Prepared, observe: Observe) -> Any:
         .map_batches(
             Encode,
             fn_constructor_args=(run.spec, encode, run.modalities, run.device, observe),
-            compute=ActorPoolStrategy(size=int(encode.actors), max_concurrent_calls_per_actor=2),
+            compute=ActorPoolStrategy(
+                size=int(encode.actors), max_concurrent_calls_per_actor=2, enable_true_multi_threading=True
+            ),
             batch_format="pyarrow",
             batch_size=int(encode.batch_size) * BATCHES_PER_CALL,
             num_cpus=encode.cpus_per_actor,
@@ -73,23 +75,22 @@ def embed(run: Prepared, on_progress: OnProgress = lambda stages: None, progress
     meter = start_meter()
     if run.plan.pending:
         configure(run)
-        sink = EmbeddingSink(run.store, run.families, run.config.write, run.plan.changed, RemoteObserve(meter))
+        sink = EmbeddingSink(run.store, run.families, run.config.write, run.plan, RemoteObserve(meter))
         with reporting(meter, on_progress, progress_interval_s), plain_errors():
             pipeline(run, RemoteObserve(meter)).write_datasink(sink, ray_remote_args={"num_cpus": 1})
         finish(run)
-    report = make_report(run, cast(Stages, ray.get(meter.snapshot.remote())), time.monotonic() - started)
+    report = make_report(run, reading(meter), time.monotonic() - started)
     run.store.put_atomic(f"reports/{report['run']}.json", json.dumps(report, indent=2).encode())
     return report
 
 
 def finish(run: Prepared) -> None:
     """Every shard must be committed and placed now. Raises: LedgerError naming those that are not."""
-    after = make_plan(run.store, run.plan.shards, run.families)
-    settle(run.store, after)
-    if after.pending:
-        names = ", ".join(work.shard.uri for work in after.pending[:3])
+    pending = conclude(run.store, run.plan, run.families)
+    if pending:
+        names = ", ".join(work.shard.uri for work in pending[:3])
         raise LedgerError(
-            f"{len(after.pending)} shards are not complete although the run has ended: {names}",
+            f"{len(pending)} shards are not complete although the run has ended: {names}",
             "Run the same command again; if it says so again, please report it.",
         )
 
@@ -126,7 +127,8 @@ def make_report(run: Prepared, stages: Stages, seconds: float) -> Report:
     items = sum(count.items for count in counts.values())
     rejected = sum(count.rejected for count in counts.values())
     encode = run.config.encode
-    workers = {"encode": float(encode.actors), "read": 1.0, "decode": 1.0, "write": 1.0}
+    spare_cpus = run.cpus - int(encode.actors) * encode.cpus_per_actor
+    workers = {"encode": float(encode.actors), **dict.fromkeys(("read", "decode", "write"), max(1.0, spare_cpus))}
     return {
         "run": f"{datetime.now(UTC):%Y%m%dT%H%M%SZ}-{uuid.uuid4().hex[:8]}",
         "encoder": run.folder,

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import threading
-import time
 from collections.abc import Callable, Sequence
 
 import numpy as np
@@ -19,7 +18,7 @@ from pipelines.encoders.device import stages
 from pipelines.encoders.items import Input, Vectors, captions, images, stored, with_vectors
 from pipelines.encoders.registry import load, tokenizer
 from pipelines.errors import EncoderError
-from pipelines.observe import Observe, nowhere, peak_memory_mib
+from pipelines.observe import Observe, SharedClock, nowhere, peak_memory_mib
 from pipelines.overlap import BatchSize, overlapped
 
 NORM_TOLERANCE = 1e-2
@@ -54,20 +53,20 @@ class Encode:
         encoder, limit, turn = load(spec, torch.device(device)), int(settings.batch_size), threading.Lock()
         self._towers = {modality: Tower(encoder, modality, limit, turn) for modality in modalities}
         self._checked: set[Modality] = set()
-        self._counting = threading.Lock()
+        self._counting, self._clock = threading.Lock(), SharedClock()
         self._counted = {"out_of_memory": 0, "recomputed": 0}
         for tower in self._towers.values():
             tower.warm_up()
 
     def __call__(self, table: pa.Table) -> pa.Table:
-        started = time.perf_counter()
-        encoded = {modality: self._encoded(table, modality) for modality in self._towers}
-        result = with_vectors(table, encoded, self._spec)
+        with self._clock.running():
+            encoded = {modality: self._encoded(table, modality) for modality in self._towers}
+            result = with_vectors(table, encoded, self._spec)
         self._observe(
             stage="encode",
             rows=table.num_rows - pc.sum(table["end"], min_count=0).as_py(),
             items=sum(len(vectors.values) for vectors in encoded.values()),
-            seconds=time.perf_counter() - started,
+            seconds=self._clock.take(),
             peak_mib=peak_memory_mib(),
             **self._new_counts(),
         )

@@ -8,13 +8,13 @@ under a final name.
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
 from pydantic import BaseModel
 
-from pipelines.contracts import Shard
+from pipelines.contracts import SAMPLES_FAMILY, Shard
 from pipelines.errors import LedgerError
 from pipelines.storage import Store
 
@@ -101,15 +101,22 @@ class Work:
 
 @dataclass(frozen=True)
 class Plan:
-    """What a run has to do. changed: commits to retire as soon as a shard's new version commits;
-    superseded: commits to retire now; unplaced: commits whose staging is still there."""
+    """What a run has to do.
+
+    changed: commits to retire as soon as a shard's new version commits. recut: of objects that are now cut
+    into other pieces, to retire when these are all committed. superseded: commits to retire now. vanished:
+    of shards that are not in the input. unplaced: commits whose staging is still there. generations: above 0
+    where a version that was retired is done again, by (family, shard).
+    """
 
     shards: list[Shard]
     pending: list[Work]
     changed: dict[str, list[CommitRef]] = field(default_factory=dict)
+    recut: list[CommitRef] = field(default_factory=list)
     superseded: list[CommitRef] = field(default_factory=list)
     vanished: list[CommitRef] = field(default_factory=list)
     unplaced: list[CommitRef] = field(default_factory=list)
+    generations: dict[tuple[str, str], int] = field(default_factory=dict)
 
     @property
     def done(self) -> int:
@@ -120,9 +127,9 @@ def staging_folder(family: str, shard: str, version: str, fingerprint: str) -> s
     return f"{STAGING}/{family}/{shard}.{version}.{fingerprint[:12]}"
 
 
-def list_commits(store: Store, family: str) -> Iterator[CommitRef]:
+def list_commits(store: Store, family: str, top: str = COMMITS) -> Iterator[CommitRef]:
     """Every commit of a family, from names alone."""
-    for name in store.names(f"{COMMITS}/{family}"):
+    for name in store.names(f"{top}/{family}"):
         ref = CommitRef.parse(family, name)
         if ref:
             yield ref
@@ -134,9 +141,11 @@ def read_commit(store: Store, ref: CommitRef) -> Commit:
 
 
 def read_commits(store: Store, refs: Iterable[CommitRef]) -> Iterator[Commit]:
+    """Those that another run retires meanwhile are left out."""
     paths = [ref.path for ref in refs]
     for path, data in zip(paths, store.read_many(paths), strict=True):
-        yield _parse(data, store.uri(path))
+        if data is not None:
+            yield _parse(data, store.uri(path))
 
 
 def _parse(data: bytes, uri: str) -> Commit:
@@ -146,27 +155,46 @@ def _parse(data: bytes, uri: str) -> Commit:
         raise LedgerError(f"{uri} is not a commit: {error}", "Move it away; its shard will be done again.") from None
 
 
-def make_plan(store: Store, shards: list[Shard], families: Iterable[str]) -> Plan:
-    """What `shards` still lack of `families`, by listing names only."""
+def make_plan(store: Store, shards: list[Shard], families: Iterable[str], others: Iterable[str] = ()) -> Plan:
+    """What `shards` still lack of `families`, by listing names only.
+
+    others: families that the run does not write, but whose commits of older versions go with the samples'.
+    """
     versions = {shard.id: shard.version for shard in shards}
     lacking: dict[str, list[str]] = defaultdict(list)
     plan = Plan(shards, [], defaultdict(list))
     for family in families:
-        standing = _standing(store, family, plan)
-        staged = {name.split("/")[0].rpartition(".")[0] for name in store.names(f"{STAGING}/{family}")}
+        standing, staged = _standing(store, family, versions, plan), _staged(store, family)
         for shard in shards:
             if (shard.id, shard.version) not in standing:
                 lacking[shard.id].append(family)
-        _sort_out(standing, versions, staged, plan)
+        _sort_out(standing, standing.keys(), versions, staged, plan)
+    if others:
+        replaced = {(ref.shard, ref.version) for ref in list_commits(store, SAMPLES_FAMILY)}
+        for family in others:
+            _sort_out(_standing(store, family, {}, plan), replaced, versions, _staged(store, family), plan)
     plan.pending.extend(Work(shard, tuple(lacking[shard.id])) for shard in shards if shard.id in lacking)
     return plan
 
 
-def _standing(store: Store, family: str, plan: Plan) -> dict[tuple[str, str], CommitRef]:
-    """The highest generation of each version; the others are superseded."""
+def _staged(store: Store, family: str) -> set[str]:
+    """`shard.version` of every staging folder."""
+    return {name.split("/")[0].rpartition(".")[0] for name in store.names(f"{STAGING}/{family}")}
+
+
+def _standing(store: Store, family: str, versions: dict[str, str], plan: Plan) -> dict[tuple[str, str], CommitRef]:
+    """The highest generation of each version; the others, and those half retired, are superseded."""
+    retired = set(list_commits(store, family, RETIRED))
+    for ref in retired:
+        if versions.get(ref.shard) == ref.version:
+            at = (family, ref.shard)
+            plan.generations[at] = max(plan.generations.get(at, 0), ref.generation + 1)
     standing: dict[tuple[str, str], CommitRef] = {}
     for ref in sorted(list_commits(store, family), key=lambda ref: ref.generation):
         lower = standing.get((ref.shard, ref.version))
+        if ref in retired:
+            plan.superseded.append(ref)
+            continue
         if lower:
             plan.superseded.append(lower)
         standing[ref.shard, ref.version] = ref
@@ -174,9 +202,16 @@ def _standing(store: Store, family: str, plan: Plan) -> dict[tuple[str, str], Co
 
 
 def _sort_out(
-    standing: dict[tuple[str, str], CommitRef], versions: dict[str, str], staged: set[str], plan: Plan
+    standing: dict[tuple[str, str], CommitRef],
+    committed: Collection[tuple[str, str]],
+    versions: dict[str, str],
+    staged: set[str],
+    plan: Plan,
 ) -> None:
-    """Files each standing commit: current (perhaps unplaced), of an older version, or of a vanished shard."""
+    """Files each standing commit: current (perhaps unplaced), of an older version, or of a vanished shard.
+
+    committed: the shards and versions that older ones give way to.
+    """
     objects = {_object_of(shard) for shard in versions}
     for (shard, version), ref in standing.items():
         current = versions.get(shard)
@@ -184,8 +219,8 @@ def _sort_out(
             if f"{shard}.{version}" in staged:
                 plan.unplaced.append(ref)
         elif current is None:
-            (plan.superseded if _object_of(shard) in objects else plan.vanished).append(ref)
-        elif (shard, current) in standing:
+            (plan.recut if _object_of(shard) in objects else plan.vanished).append(ref)
+        elif (shard, current) in committed:
             plan.superseded.append(ref)
         else:
             plan.changed[shard].append(ref)
@@ -198,13 +233,19 @@ def _object_of(shard: str) -> str:
 
 
 def commit(store: Store, candidate: Commit) -> Commit:
-    """The commit that stands: ours, or another attempt's that was there first.
+    """The commit that stands: ours, or another attempt's that was there first. Raises: LedgerError.
 
     "Already there" with our own attempt in it means that we won and the acknowledgement was lost.
     """
     if store.put_if_absent(candidate.ref.path, candidate.model_dump_json(indent=1).encode()):
         return candidate
-    return read_commit(store, candidate.ref)
+    standing = read_commit(store, candidate.ref)
+    if standing.fingerprint != candidate.fingerprint:
+        raise LedgerError(
+            f"{store.uri(candidate.ref.path)} was made by another encoder (fingerprint {standing.fingerprint[:12]})",
+            "Another run writes to this output under the same name; give one of them another with --name.",
+        )
+    return standing
 
 
 def place(store: Store, standing: Commit, fingerprint: str | None = None) -> None:
@@ -252,6 +293,20 @@ def settle(store: Store, plan: Plan) -> None:
         retire(store, ref)
     for standing in read_commits(store, plan.unplaced):
         place(store, standing)
+
+
+def conclude(store: Store, plan: Plan, families: Iterable[str]) -> list[Work]:
+    """What is still pending at a run's end. Where nothing is, what the plan replaces is retired.
+
+    Only what the plan itself names: since it was made, another run may have committed newer versions.
+    """
+    after = make_plan(store, plan.shards, families)
+    for standing in read_commits(store, after.unplaced):
+        place(store, standing)
+    if not after.pending:
+        for ref in [*plan.recut, *(ref for refs in plan.changed.values() for ref in refs)]:
+            retire(store, ref)
+    return after.pending
 
 
 def tally(store: Store, families: Iterable[str]) -> tuple[dict[str, Counts], dict[str, int], int]:

@@ -155,11 +155,13 @@ class _Parts:
     def _put_one(self, store: Store, ref: CommitRef, folder: str, dataset: str, file: Path) -> Part:
         staged = f"{folder}/{dataset.replace('/', '_')}.part"
         store.put_atomic(staged, file)
+        with file.open("rb") as written:
+            digest = hashlib.file_digest(written, "sha256").hexdigest()
         return Part(
             dataset=dataset,
             staged=staged,
             final=f"{dataset}/part-{ref.stem}.parquet",
             rows=self._rows[dataset],
             bytes=file.stat().st_size,
-            sha256=hashlib.sha256(file.read_bytes()).hexdigest(),
+            sha256=digest,
         )

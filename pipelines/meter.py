@@ -36,14 +36,20 @@ class RemoteObserve:
             self._meter.add.remote(**numbers)
 
 
+def reading(meter: Any) -> Stages:
+    """What it has added up; nothing where it died, which must not fail a run that did not."""
+    with suppress(ray.exceptions.RayError):
+        return dict(ray.get(meter.snapshot.remote(), timeout=30))
+    return {}
+
+
 @contextmanager
 def reporting(meter: Any, on_progress: OnProgress, interval_s: float) -> Iterator[None]:
     """Calls on_progress with the meter's reading every interval_s while the block runs, and once after."""
     stop = threading.Event()
 
     def report() -> None:
-        with suppress(ray.exceptions.RayError):
-            on_progress(ray.get(meter.snapshot.remote(), timeout=30))
+        on_progress(reading(meter))
 
     def loop() -> None:
         while not stop.wait(interval_s):

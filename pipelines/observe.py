@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import resource
 import sys
+import threading
 import time
 from collections import defaultdict
 from collections.abc import Callable, Iterator
@@ -50,6 +51,35 @@ class Clock:
             yield
         finally:
             self.seconds += time.perf_counter() - started
+
+
+class SharedClock:
+    """Seconds in which at least one of several threads was inside `with clock.running():`."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._inside, self._since, self._untold = 0, 0.0, 0.0
+
+    @contextmanager
+    def running(self) -> Iterator[None]:
+        self._pass(1)
+        try:
+            yield
+        finally:
+            self._pass(-1)
+
+    def _pass(self, step: int) -> None:
+        with self._lock:
+            now = time.perf_counter()
+            if self._inside:
+                self._untold += now - self._since
+            self._inside, self._since = self._inside + step, now
+
+    def take(self) -> float:
+        """Seconds since it was last asked, up to when a thread last went in or out."""
+        with self._lock:
+            seconds, self._untold = self._untold, 0.0
+        return seconds
 
 
 def peak_memory_mib() -> float:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 import uuid
 from dataclasses import dataclass, replace
-from math import ceil
+from math import ceil, inf
 from typing import Any, cast
 
 from pipelines import sources
@@ -16,23 +16,28 @@ from pipelines.encoders.base import EncoderSpec
 from pipelines.errors import ConfigError, PreflightError, StorageError
 from pipelines.families import EncoderFamily, Family, SamplesFamily, by_name
 from pipelines.ledger import Plan, make_plan
-from pipelines.record import EncoderRecord, RunRecord, encoder_record, read_record, require_same
+from pipelines.record import EncoderRecord, RunRecord, encoder_record, read_record, require_same, require_same_rows
 from pipelines.storage import Store, protocol_of
 
 
 @dataclass(frozen=True)
 class Cluster:
-    """What Ray has to give, in all. node_cpus: of its largest node."""
+    """What Ray has to give, in all. node_cpus, node_gpus, node_memory_mib: the most that a node has."""
 
     cpus: float
     gpus: float
     nodes: int
     node_cpus: float
+    node_gpus: float = 0.0
+    node_memory_mib: float = inf
 
 
 @dataclass(frozen=True)
 class Prepared:
-    """A run ready to start. config holds no "auto" any more. folder: the encoder's, in `embeddings/`."""
+    """A run ready to start. config holds no "auto" any more. folder: the encoder's, in `embeddings/`.
+
+    cpus: all that the cluster has.
+    """
 
     config: RunConfig
     store: Store
@@ -41,6 +46,7 @@ class Prepared:
     modalities: tuple[Modality, ...]
     record: RunRecord
     plan: Plan
+    cpus: float
 
     @property
     def families(self) -> dict[str, Family]:
@@ -64,6 +70,8 @@ def prepare(config: RunConfig, cluster: Cluster) -> Prepared:
     if known:
         require_same(folder, known[1], spec)
         require_same_modalities(folder, known[1], modalities)
+    settings = config.model_dump(mode="json", exclude={"storage"})
+    require_same_rows(record.settings, settings)
     shards, slices = sources.plan_shards(
         config.input, config.format, config.read, Store(options=config.storage), record.slices
     )
@@ -71,12 +79,12 @@ def prepare(config: RunConfig, cluster: Cluster) -> Prepared:
         update={
             "slices": {**record.slices, **slices},
             "encoders": {**record.encoders, folder: encoder_record(spec, modalities, int(encode.batch_size))},
-            "settings": config.model_dump(mode="json", exclude={"storage"}),
+            "settings": settings,
         }
     )
     config = config.model_copy(update={"encode": encode, "modalities": list(modalities)})
-    plan = make_plan(store, shards, [SAMPLES_FAMILY, folder])
-    return Prepared(config, store, spec, folder, modalities, record, plan)
+    plan = make_plan(store, shards, [SAMPLES_FAMILY, folder], record.encoders.keys() - {folder})
+    return Prepared(config, store, spec, folder, modalities, record, plan, cluster.cpus)
 
 
 def recorded_encoder(record: RunRecord, config: RunConfig) -> tuple[str, EncoderRecord] | None:
@@ -159,6 +167,18 @@ def require_resources(config: RunConfig, cluster: Cluster) -> None:
         raise PreflightError(
             f"{actors} actors of {encode.gpus_per_actor:g} GPUs need {gpus:g}; the cluster has {cluster.gpus:g}",
             "Lower encode.actors or encode.gpus_per_actor (0 runs on CPU), or add GPUs.",
+        )
+    if float(encode.gpus_per_actor) > cluster.node_gpus or encode.cpus_per_actor > cluster.node_cpus:
+        raise PreflightError(
+            f"An actor of {encode.gpus_per_actor:g} GPUs and {encode.cpus_per_actor:g} CPUs fits no node: the largest "
+            f"has {cluster.node_gpus:g} and {cluster.node_cpus:g}",
+            "Lower encode.gpus_per_actor or encode.cpus_per_actor.",
+        )
+    if config.cluster.memory_per_decode_task_mib > cluster.node_memory_mib:
+        raise PreflightError(
+            f"A decode task of {config.cluster.memory_per_decode_task_mib:,} MiB fits no node: the largest gives "
+            f"{cluster.node_memory_mib:,.0f} MiB",
+            "Lower cluster.memory_per_decode_task_mib.",
         )
     cpus = actors * encode.cpus_per_actor + config.cluster.spare_cpus
     if cpus > cluster.cpus:

@@ -57,7 +57,7 @@ def read_shard(work: Work, settings: ReadConfig, store: Store, observe: Observe 
     size, rows = 0, 0
     for row, sample in numbered:
         block.append(_record(work, row, sample))
-        size += len(sample.image or b"")
+        size += _bytes_of(block[-1])
         rows = row + 1
         if len(block) >= settings.rows_per_block or size >= settings.block_mib * 2**20:
             yield pa.Table.from_pylist(block, SAMPLE)
@@ -66,6 +66,12 @@ def read_shard(work: Work, settings: ReadConfig, store: Store, observe: Observe 
     observe(
         stage="read", rows=rows, shards=1, bytes=work.shard.bytes, seconds=clock.seconds, peak_mib=peak_memory_mib()
     )
+
+
+def _bytes_of(record: dict[str, Any]) -> int:
+    """What grows without a bound of its own: metadata may be larger than the image."""
+    texts = (record["metadata"], *filter(None, record["captions"]))
+    return len(record["image"] or b"") + sum(len(text.encode()) for text in texts)
 
 
 def _timed(samples: Iterator[tuple[int, Sample]], clock: Clock) -> Iterator[tuple[int, Sample]]:

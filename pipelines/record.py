@@ -16,6 +16,16 @@ from pipelines.storage import Store
 
 FILE = "run.json"
 _LIBRARIES = ("vecmill", "ray", "torch", "transformers", "open_clip_torch", "timm", "pyarrow", "pillow", "numpy")
+_ROW_SETTINGS = (
+    "format",
+    "read.image_column",
+    "read.caption_column",
+    "read.key_column",
+    "read.splits",
+    "read.max_caption_bytes",
+    "read.max_image_bytes",
+    "decode.max_pixels",
+)
 
 
 class EncoderRecord(BaseModel):
@@ -53,7 +63,43 @@ def read_record(store: Store) -> RunRecord:
 
 
 def write_record(store: Store, record: RunRecord) -> None:
-    store.put_atomic(FILE, json.dumps(record.model_dump(), indent=2, sort_keys=True).encode())
+    """Keeps what other runs have recorded since `record` was read. Raises: PreflightError where that contradicts it."""
+    there = read_record(store)
+    for folder in record.encoders.keys() & there.encoders.keys():
+        if there.encoders[folder].fingerprint != record.encoders[folder].fingerprint:
+            require_same(folder, there.encoders[folder], record.encoders[folder].encoder_spec({}))
+    if any(record.slices.get(uri, count) != count for uri, count in there.slices.items()):
+        raise PreflightError(
+            f"Another run has just cut the same input into shards for {store.root}", "Run the same command again."
+        )
+    merged = record.model_copy(
+        update={
+            "encoders": {**there.encoders, **record.encoders},
+            "slices": {**there.slices, **record.slices},
+        }
+    )
+    store.put_atomic(FILE, json.dumps(merged.model_dump(), indent=2, sort_keys=True).encode())
+
+
+def require_same_rows(recorded: dict[str, Any], settings: dict[str, Any]) -> None:
+    """The settings that decide which rows a shard gives and what is in them must be those of the shards done so far.
+
+    recorded, settings: of a RunRecord. Raises: PreflightError that shows the difference.
+    """
+    before, after = ({key: _at(one, key) for key in _ROW_SETTINGS} for one in (recorded, settings))
+    changed = differences(before, after)
+    if recorded and changed:
+        shown = "\n  ".join(changed)
+        raise PreflightError(
+            f"The shards in this output were read with other settings:\n  {shown}",
+            "Rows of the two do not mix. Give this run another --output, or restore the settings above.",
+        )
+
+
+def _at(settings: dict[str, Any], dotted: str) -> Any:
+    for key in dotted.split("."):
+        settings = (settings or {}).get(key)  # type: ignore[assignment]
+    return settings
 
 
 def encoder_record(spec: EncoderSpec, modalities: tuple[Modality, ...], batch_size: int) -> EncoderRecord:

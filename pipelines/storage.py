@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import fsspec
+from fsspec.implementations.local import LocalFileSystem
 from fsspec.utils import get_protocol
 from tenacity import Retrying, retry_if_exception, stop_after_attempt, wait_random_exponential
 
@@ -31,7 +32,8 @@ from pipelines.errors import AccessError, InputError, StorageError
 T = TypeVar("T")
 
 READ_BLOCK_BYTES = 8 * 2**20
-ATTEMPTS = 6
+# With the waits below, about half a minute in all, on top of what the clients themselves try.
+ATTEMPTS = 8
 LIST_THREADS = 32
 
 # An answer, not a fault: asking again gives the same.
@@ -70,7 +72,7 @@ def _retrying(call: Callable[[], T], what: str) -> T:
     attempts = Retrying(
         retry=retry_if_exception(_is_transient),
         stop=stop_after_attempt(ATTEMPTS),
-        wait=wait_random_exponential(multiplier=0.2, max=10),
+        wait=wait_random_exponential(multiplier=0.3, max=20),
         reraise=True,
     )
     try:
@@ -141,10 +143,16 @@ class Store:
         fs, bare = self._fs(path)
         return bytes(_retrying(lambda: fs.cat_file(bare), f"Cannot read {self.uri(path)}"))
 
-    def read_many(self, paths: Iterable[str]) -> Iterator[bytes]:
-        """Many small objects at once, in order."""
+    def read_many(self, paths: Iterable[str]) -> Iterator[bytes | None]:
+        """Many small objects at once, in order; None for one that is not there."""
         with ThreadPoolExecutor(LIST_THREADS) as pool:
-            yield from pool.map(self.read, paths)
+            yield from pool.map(self._read_or_none, paths)
+
+    def _read_or_none(self, path: str) -> bytes | None:
+        try:
+            return self.read(path)
+        except FileNotFoundError:
+            return None
 
     def open(self, path: str) -> io.BufferedReader:
         """A seekable stream that resumes where a broken connection left it."""
@@ -170,7 +178,7 @@ class Store:
 
         def find() -> list[str]:
             try:
-                return [str(name)[start:] for name in fs.find(bare)]
+                return [str(name)[start:] for name in fs.find(bare, **_whole_walk(fs))]
             except (FileNotFoundError, NotADirectoryError):
                 return []
 
@@ -182,7 +190,7 @@ class Store:
 
         def find() -> list[Entry]:
             try:
-                return _files(fs, fs.find(bare, detail=True).values())
+                return _files(fs, fs.find(bare, detail=True, **_whole_walk(fs)).values())
             except (FileNotFoundError, NotADirectoryError):
                 return []
 
@@ -192,7 +200,10 @@ class Store:
         """Objects that match a pattern of `*`, `?`, `[…]` and `**`, sorted by name."""
         fs, bare = self._fs(pattern)
 
-        return _retrying(lambda: _files(fs, fs.glob(bare, detail=True).values()), f"Cannot list {self.uri(pattern)}")
+        def find() -> list[Entry]:
+            return _files(fs, fs.glob(bare, detail=True, **_whole_walk(fs)).values())
+
+        return _retrying(find, f"Cannot list {self.uri(pattern)}")
 
     def _children(self, folder: str) -> list[Entry]:
         """Objects right in a folder. Its name is no pattern, whatever signs are in it."""
@@ -321,6 +332,16 @@ def _followed(fs: Any, info: dict[str, Any]) -> dict[str, Any]:
         return {**info, "type": "broken link"}
 
 
+def _whole_walk(fs: Any) -> dict[str, Any]:
+    """fsspec leaves out a local folder that it may not read; its files would be taken to have vanished."""
+    return {"on_error": _raise_unless_gone} if isinstance(fs, LocalFileSystem) else {}
+
+
+def _raise_unless_gone(error: OSError) -> None:
+    if not isinstance(error, FileNotFoundError | NotADirectoryError):
+        raise error
+
+
 def _etag(info: dict[str, Any]) -> str:
     """A token that changes when the object does, from whatever the file system tells."""
     for field_name in ("ETag", "etag", "md5Hash", "mtime", "LastModified", "Last-Modified", "created"):
@@ -332,9 +353,20 @@ def _etag(info: dict[str, Any]) -> str:
 
 
 def _put_local(target: str, data: bytes | Path, place: Callable[[str, str], None]) -> None:
-    """Writes beside the target under a name no reader takes for a part, then `place`s it."""
-    os.makedirs(os.path.dirname(target), exist_ok=True)
-    temporary = f"{target}.{uuid.uuid4().hex}.tmp"
+    """Again where the folder went: another attempt may be clearing it. Raises FileNotFoundError if `data` is gone."""
+    for left in reversed(range(ATTEMPTS)):
+        try:
+            return _put_local_once(target, data, place)
+        except FileNotFoundError:
+            if not left or (isinstance(data, Path) and not data.exists()):
+                raise
+
+
+def _put_local_once(target: str, data: bytes | Path, place: Callable[[str, str], None]) -> None:
+    """Writes beside the target under a dotted name, which no reader takes for a part, then `place`s it."""
+    folder, name = os.path.split(target)
+    os.makedirs(folder, exist_ok=True)
+    temporary = os.path.join(folder, f".{name}.{uuid.uuid4().hex[:12]}.tmp")
     try:
         if isinstance(data, bytes):
             with open(temporary, "wb") as file:

@@ -15,9 +15,10 @@ import pyarrow.compute as pc
 from ray.data import Datasink
 
 from pipelines.config import WriteConfig
+from pipelines.contracts import SAMPLES_FAMILY
 from pipelines.families import Family
 from pipelines.fragments import is_whole
-from pipelines.ledger import Commit, CommitRef, commit, place, read_commit, retire, staging_folder
+from pipelines.ledger import Commit, CommitRef, Plan, commit, place, read_commit, retire, staging_folder
 from pipelines.merge import list_fragments, merge, put_fragments
 from pipelines.observe import Clock, Observe, nowhere, peak_memory_mib
 from pipelines.storage import Store
@@ -26,8 +27,8 @@ from pipelines.storage import Store
 class EmbeddingSink(Datasink[None]):
     """Takes encoded blocks of any shards in any order.
 
-    families: by name, those that a row's `families` may name. uris: of the shards, for the commits.
-    changed: commits of older versions, retired when a shard's new version commits.
+    families: by name, those that a row's `families` may name. plan: tells which older versions are retired when
+    a shard's new one commits, and which generation of it this is.
     """
 
     def __init__(
@@ -35,11 +36,12 @@ class EmbeddingSink(Datasink[None]):
         store: Store,
         families: dict[str, Family],
         write: WriteConfig,
-        changed: dict[str, list[CommitRef]] | None = None,
+        plan: Plan | None = None,
         observe: Observe = nowhere,
     ) -> None:
-        self._store, self._families, self._write = store, families, write
-        self._changed, self._observe = changed or {}, observe
+        self._store, self._families, self._write, self._observe = store, families, write, observe
+        self._changed = dict(plan.changed) if plan else {}
+        self._generations = plan.generations if plan else {}
 
     def get_name(self) -> str:
         return "Write"
@@ -68,13 +70,21 @@ class EmbeddingSink(Datasink[None]):
         ends = rows.filter(rows["end"])
         end = ends["row"][0].as_py() if ends.num_rows else None
         body = _distinct(rows.filter(pc.invert(rows["end"])))
-        older = self._changed.get(first["shard"], [])
         standing = []
         for name in first["families"]:
-            ref = CommitRef(name, first["shard"], first["version"], 0)
-            incoming = Incoming(ref, first["shard_uri"], body, end, [old for old in older if old.family == name])
+            ref = CommitRef(name, first["shard"], first["version"], self._generations.get((name, first["shard"]), 0))
+            incoming = Incoming(ref, first["shard_uri"], body, end, self._older(ref))
             standing.append(write_family(self._store, self._families[name], incoming, self._write))
         return [done for done in standing if done]
+
+    def _older(self, ref: CommitRef) -> list[CommitRef]:
+        """With the samples go the vectors of encoders that this run does not write: they would meet other captions."""
+        strangers = ref.family == SAMPLES_FAMILY
+        return [
+            old
+            for old in self._changed.get(ref.shard, [])
+            if old.family == ref.family or (strangers and old.family not in self._families)
+        ]
 
 
 @dataclass(frozen=True)

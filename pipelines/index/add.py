@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -11,11 +10,11 @@ import faiss
 import numpy as np
 import ray
 
-from pipelines.index.parts import Ids, Parts, Vectors, batches
+from pipelines.index.parts import Parts, Vectors, batches
+from pipelines.index.probe import probe
 from pipelines.index.recall import Top, empty_top, exact_in_batch, merge
-from pipelines.index.release import IndexShard, load_index, open_shard, sha256_of
+from pipelines.index.release import IndexShard, load_index, sha256_of
 from pipelines.index.train import read_picked
-from pipelines.index.tune import apply
 from pipelines.observe import peak_memory_mib
 from pipelines.storage import Store, scratch_folder
 
@@ -56,19 +55,6 @@ def _put(store: Store, index: Any, target: str, first_id: int) -> IndexShard:
         return IndexShard(file=name, first_id=first_id, rows=index.ntotal, bytes=size, sha256=sha256_of(local))
 
 
-def probe(store: Store, folder: str, shard: IndexShard, params: str, queries: Vectors, k: int) -> Top:
-    """What one index shard finds of float32 [q, dim] queries with its search parameters set."""
-    index = open_shard(store, folder, shard)
-    apply(index, params)
-    scores, ids = index.search(queries, k)
-    return Top(ids, scores)
-
-
-def read(store: Store, parts: Parts, positions: Sequence[Ids]) -> Vectors:
-    """`train.read_picked` on a run of parts."""
-    return read_picked(store, parts, positions)
-
-
 fill_task = ray.remote(num_cpus=1)(fill)
 probe_task = ray.remote(num_cpus=1)(probe)
-read_task = ray.remote(num_cpus=1)(read)
+read_task = ray.remote(num_cpus=1)(read_picked)

@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from itertools import pairwise
-from typing import NamedTuple
+from typing import BinaryIO, NamedTuple
 
 import numpy as np
 import pyarrow as pa
@@ -14,7 +15,7 @@ import pyarrow.parquet as pq
 from numpy.typing import NDArray
 from pydantic import BaseModel, ConfigDict
 
-from pipelines.errors import IndexBuildError
+from pipelines.errors import IndexBuildError, VecmillError
 from pipelines.storage import Store
 
 Vectors = NDArray[np.float32]
@@ -22,6 +23,14 @@ Ids = NDArray[np.int64]
 
 FOOTER_THREADS = 32
 BATCH_BYTES = 32 * 2**20
+
+
+class ReplacedError(IndexBuildError):
+    """A part that a release or listing names, or its shard's samples, is no longer there."""
+
+
+class NoVectorsError(IndexBuildError):
+    """A folder of parts without a vector in it."""
 
 
 class PartRange(BaseModel):
@@ -73,7 +82,7 @@ def list_parts(store: Store, folder: str, before: Sequence[str] = ()) -> Parts:
 
     before: names in the order of an earlier release; they keep their places, so that old ids stay
     valid, unless one of them is gone. New parts follow, sorted.
-    Raises: IndexBuildError where there is no vector, a shard has two parts, or dimensions differ.
+    Raises: NoVectorsError; IndexBuildError where a shard has two parts, or dimensions differ.
     """
     names = sorted(name for name in store.names(folder) if name.endswith(".parquet"))
     _require_one_each(store, folder, names)
@@ -82,9 +91,7 @@ def list_parts(store: Store, folder: str, before: Sequence[str] = ()) -> Parts:
     with ThreadPoolExecutor(FOOTER_THREADS) as pool:
         footers = list(pool.map(lambda name: _footer(store, f"{folder}/{name}"), names))
     if not any(footer.rows for footer in footers):
-        raise IndexBuildError(
-            f"{store.uri(folder)} holds no vectors", "Run `vecmill embed` first, or `vecmill status`."
-        )
+        raise NoVectorsError(f"{store.uri(folder)} holds no vectors", "Run `vecmill embed` first, or `vecmill status`.")
     return Parts(folder=folder, dim=_one_dim(store, folder, names, footers), ranges=tuple(_ranges(names, footers)))
 
 
@@ -97,8 +104,31 @@ def _require_one_each(store: Store, folder: str, names: list[str]) -> None:
         )
 
 
+@contextmanager
+def open_part(store: Store, path: str) -> Iterator[BinaryIO]:
+    """The bytes of a part, until the reading is done.
+
+    Raises: ReplacedError where it is gone, IndexBuildError where it turns out to be damaged.
+    """
+    try:
+        with store.open(path) as stream:
+            yield stream
+    except VecmillError:
+        raise
+    except FileNotFoundError:
+        raise ReplacedError(
+            f"{store.uri(path)} is gone: the output has changed since it was listed or indexed",
+            "Run `vecmill index` again.",
+        ) from None
+    except (pa.ArrowException, OSError) as error:
+        raise IndexBuildError(
+            f"{store.uri(path)} is damaged: {error}",
+            "Move it and its commit away, run the same `vecmill embed` again, then index.",
+        ) from None
+
+
 def _footer(store: Store, path: str) -> Footer:
-    with store.open(path) as stream, pq.ParquetFile(stream) as file:
+    with open_part(store, path) as stream, pq.ParquetFile(stream) as file:
         return Footer(file.metadata.num_rows, file.schema_arrow.field("embedding").type.list_size)
 
 
@@ -130,20 +160,24 @@ def vectors(column: pa.ChunkedArray | pa.Array, dim: int) -> Vectors:
 def batches(store: Store, parts: Parts) -> Iterator[tuple[int, Vectors]]:
     """(id of the first, float32 [n, dim]) for consecutive vectors of the parts, one batch at a time.
 
-    A batch is at most BATCH_BYTES and never spans parts.
+    A batch is at most BATCH_BYTES and never spans parts. Raises: IndexBuildError for a part that
+    cannot be read.
     """
     rows = max(1, BATCH_BYTES // (4 * parts.dim))
     for part in parts.ranges:
         first = part.offset
-        with store.open(parts.path(part)) as stream, pq.ParquetFile(stream, pre_buffer=False) as file:
+        with open_part(store, parts.path(part)) as stream, pq.ParquetFile(stream, pre_buffer=False) as file:
             for batch in file.iter_batches(rows, columns=["embedding"], use_threads=False):
                 yield first, vectors(batch.column(0), parts.dim)
                 first += batch.num_rows
 
 
 def take(store: Store, path: str, positions: Ids, columns: list[str] | None = None) -> pa.Table:
-    """The rows at the sorted int64 `positions` of a Parquet file: reads only their row groups, one at a time."""
-    with store.open(path) as stream, pq.ParquetFile(stream, pre_buffer=False) as file:
+    """The rows at the sorted int64 `positions` of a Parquet file: reads only their row groups, one at a time.
+
+    Raises: ReplacedError where it is gone, IndexBuildError where it is damaged.
+    """
+    with open_part(store, path) as stream, pq.ParquetFile(stream, pre_buffer=False) as file:
         sizes = [file.metadata.row_group(group).num_rows for group in range(file.num_row_groups)]
         starts = np.concatenate([[0], np.cumsum(sizes, dtype=np.int64)])
         group_of = np.searchsorted(starts, positions, side="right") - 1

@@ -8,8 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from pipelines.config import IndexConfig
-from pipelines.errors import IndexBuildError
-from pipelines.index.parts import Ids, Parts, Vectors, embeddings_folder, list_parts, pick, shard_of
+from pipelines.index.parts import Ids, NoVectorsError, Parts, Vectors, embeddings_folder, list_parts, pick, shard_of
 from pipelines.index.train import Draw, read_picked
 from pipelines.storage import Store
 
@@ -54,7 +53,7 @@ def caption_queries(store: Store, encoder: str, images: Parts, settings: IndexCo
     """float32 [n, dim] captions of the indexed shards, drawn like the rest; None where the output has none."""
     try:
         texts = list_parts(store, embeddings_folder(encoder, "text"))
-    except IndexBuildError:
+    except NoVectorsError:
         return None
     if texts.dim != images.dim:
         return None

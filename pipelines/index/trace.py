@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from bisect import bisect_right
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -13,11 +13,12 @@ import pyarrow.parquet as pq
 
 from pipelines.contracts import SAMPLES_FAMILY
 from pipelines.errors import IndexBuildError, LedgerError
-from pipelines.index.parts import PartRange, Parts, Vectors, shard_of, take, vectors
+from pipelines.index.parts import PartRange, Parts, ReplacedError, Vectors, open_part, shard_of, take, vectors
 from pipelines.index.release import Release
 from pipelines.storage import Store
 
 THREADS = 16
+OfPart = Callable[[Store, Parts, PartRange, list[int]], "list[Origin]"]
 
 
 @dataclass(frozen=True)
@@ -36,7 +37,7 @@ class Origin:
     row: int
     caption_index: int | None
     key: str
-    vector: Vectors
+    vector: Vectors = field(repr=False, compare=False)
     uri: str
     offset: int | None
     length: int | None
@@ -54,20 +55,29 @@ class Origin:
 def trace(store: Store, release: Release, ids: Iterable[int]) -> list[Origin]:
     """The origin of each FAISS id, in their order: one row group of a part and of `samples/` a part touched.
 
-    Raises: IndexBuildError for an id the release does not have, or where its parts are gone.
+    Raises: IndexBuildError for an id the release does not have, ReplacedError where its part is gone.
     """
     return trace_parts(store, release.parts, list(ids))
 
 
 def trace_parts(store: Store, parts: Parts, ids: Sequence[int]) -> list[Origin]:
     """`trace` for parts that need not be of a release."""
+    origins = _origins(store, parts, ids, _of_part)
+    return [origins[id] for id in ids]
+
+
+def trace_standing(store: Store, parts: Parts, ids: Iterable[int]) -> dict[int, Origin]:
+    """`trace_parts` by id, without those whose part or samples are gone."""
+    return _origins(store, parts, ids, _of_standing_part)
+
+
+def _origins(store: Store, parts: Parts, ids: Iterable[int], of_part: OfPart) -> dict[int, Origin]:
     wanted: dict[PartRange, list[int]] = {}
     for id in dict.fromkeys(ids):
         wanted.setdefault(_part_of(parts, id), []).append(id)
     with ThreadPoolExecutor(THREADS) as pool:
-        found = list(pool.map(lambda part: _of_part(store, parts, part, sorted(wanted[part])), wanted))
-    origins = {origin.id: origin for of_part in found for origin in of_part}
-    return [origins[id] for id in ids]
+        found = list(pool.map(lambda part: of_part(store, parts, part, sorted(wanted[part])), wanted))
+    return {origin.id: origin for origins in found for origin in origins}
 
 
 def _part_of(parts: Parts, id: int) -> PartRange:
@@ -77,14 +87,16 @@ def _part_of(parts: Parts, id: int) -> PartRange:
     return parts.ranges[at]
 
 
+def _of_standing_part(store: Store, parts: Parts, part: PartRange, ids: list[int]) -> list[Origin]:
+    try:
+        return _of_part(store, parts, part, ids)
+    except ReplacedError:
+        return []
+
+
 def _of_part(store: Store, parts: Parts, part: PartRange, ids: list[int]) -> list[Origin]:
     positions = np.array(ids, np.int64) - part.offset
-    try:
-        table = take(store, parts.path(part), positions)
-    except FileNotFoundError:
-        raise IndexBuildError(
-            f"{store.uri(parts.path(part))} is gone: the output has changed since it was indexed", "Index it again."
-        ) from None
+    table = take(store, parts.path(part), positions)
     items = table.drop_columns(["embedding"]).to_pylist()
     samples = samples_of(store, part.name, {item["row"] for item in items})
     places = zip(ids, positions.tolist(), items, vectors(table["embedding"], parts.dim), strict=True)
@@ -110,10 +122,10 @@ _SAMPLE = ["uri", "offset", "length", "row_group", "captions", "label", "metadat
 def samples_of(store: Store, name: str, rows: set[int]) -> dict[int, dict[str, Any]]:
     """By row, the columns of `samples/` that an Origin shows, for rows of the shard that has part `name`.
 
-    Raises: LedgerError where the shard's samples are not there.
+    Raises: ReplacedError where the shard's samples are not there, LedgerError where they lack a row.
     """
     path = _samples_path(store, name)
-    with store.open(path) as stream:
+    with open_part(store, path) as stream:
         table = pq.read_table(
             stream, columns=["row", *_SAMPLE], filters=[("row", "in", rows)], use_threads=False, pre_buffer=False
         )
@@ -130,9 +142,9 @@ def _samples_path(store: Store, name: str) -> str:
     shard, version = shard_of(name), name.split(".")[1]
     others = store.glob(f"{SAMPLES_FAMILY}/part-{shard}.{version}.*.parquet")
     if not others:
-        raise LedgerError(
+        raise ReplacedError(
             f"{store.uri(SAMPLES_FAMILY)} has no part for {name}",
-            "Run the same `vecmill embed` again: it puts it back.",
+            "Run the same `vecmill embed` again, then `vecmill index`.",
         )
     newest = max(others, key=lambda entry: int(entry.uri.split(".")[-2]))
     return f"{SAMPLES_FAMILY}/{newest.uri.rpartition('/')[2]}"

@@ -44,6 +44,8 @@ def plan_shards(
         shards = _plan(find(inputs, format, store), settings, store, recorded)
     except PermissionError as error:
         raise InputError(f"The input may not be read: {error}", "Check your access to it.") from error
+    except FileNotFoundError as error:
+        raise InputError(f"The input is gone since it was listed: {error}", "Run the same command again.") from error
     unique = {shard.id: shard for shard in shards}
     return [unique[id_] for id_ in sorted(unique)], recorded
 

@@ -10,7 +10,7 @@ from typing import Any
 from pipelines.config import ReadConfig
 from pipelines.contracts import Sample
 from pipelines.sources.members import reject_image
-from pipelines.sources.text import Fault, as_list, captions_of, label_of, plain, printable
+from pipelines.sources.text import Fault, as_list, captions_of, label_of, metadata_of, printable
 
 # fmt: off
 IMAGE_NAMES = (
@@ -75,7 +75,7 @@ def sample_of(row: dict[str, Any], columns: Columns, key: str, settings: ReadCon
     """The sample of a row, and the path or URL of its image where the row has no bytes of it."""
     values = as_list(row.get(columns.caption)) if columns.caption else []
     captions, rejects = captions_of(values, settings.max_caption_bytes)
-    metadata = plain({name: value for name, value in row.items() if name not in columns})
+    metadata = metadata_of({name: value for name, value in row.items() if name not in columns})
     sample = Sample(key, captions=captions, rejects=rejects, metadata=metadata, label=label_of(metadata))
     image = row.get(columns.image) if columns.image else None
     data = image.get("bytes") if isinstance(image, dict) else image

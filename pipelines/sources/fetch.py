@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import posixpath
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
@@ -9,7 +10,8 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from typing import TypeVar
 
 from pipelines.contracts import Sample
-from pipelines.errors import StorageError
+from pipelines.errors import InputError, StorageError
+from pipelines.sources import web
 from pipelines.sources.members import reject_image
 from pipelines.sources.text import Fault, printable
 from pipelines.storage import Store, is_local, protocol_of
@@ -18,6 +20,7 @@ A = TypeVar("A")
 B = TypeVar("B")
 
 FETCH_THREADS = 16
+_BUCKETS = frozenset(("s3", "s3a", "gs", "gcs", "abfs", "abfss", "az"))
 _REMOTE = frozenset(("http", "https", "s3", "s3a", "gs", "gcs", "abfs", "abfss", "az", "hdfs", "hf", "memory"))
 
 
@@ -60,17 +63,49 @@ def _beside(reference: str, listing: str, forbidden: Fault) -> str | Fault:
 
 
 def read_bounded(store: Store, uri: str, max_bytes: int) -> bytes | Fault:
-    """The bytes of an image, never more than max_bytes of them in memory."""
-    try:
-        with store.open(uri) as file:
-            data = file.read(max_bytes + 1)
-    except FileNotFoundError:
-        return Fault("not_found", printable(uri))
-    except (StorageError, OSError, ValueError, ImportError) as error:
-        return Fault("fetch_failed", printable(f"{uri}: {type(error).__name__}: {error}"))
-    if len(data) > max_bytes:
+    """The bytes of an image, never more than max_bytes and one of them in memory.
+
+    A web server that is gone is a fault of the URL: lists of URLs are full of them. Raises: StorageError where a
+    disk or an object store fails or refuses, since it may well have the image; InputError where the client of
+    a store is not installed or set up.
+    """
+    is_web = protocol_of(uri) in ("http", "https")
+    data = web.get(uri, store.options, max_bytes + 1) if is_web else _stored(store, uri, max_bytes + 1)
+    if isinstance(data, bytes) and len(data) > max_bytes:
         return Fault("image_too_large", f"more than the {max_bytes} bytes allowed")
     return data
+
+
+def _stored(store: Store, uri: str, most_bytes: int) -> bytes | Fault:
+    if not _names_an_object(uri):
+        return Fault("fetch_failed", printable(f"{uri} names no object"))
+    try:
+        with store.open(uri) as file:
+            return file.read(most_bytes)
+    except (FileNotFoundError, NotADirectoryError):
+        return Fault("not_found", printable(uri))
+    except IsADirectoryError:
+        return Fault("not_a_file", printable(f"{uri} is a folder"))
+    except UnicodeError as error:
+        return Fault("fetch_failed", printable(f"{uri} is no address: {error}"))
+    except (ImportError, ValueError) as error:
+        fix = "Install what it needs on every node, and check the storage settings."
+        raise InputError(f"{printable(uri)} cannot be opened: {error}", fix) from error
+    except StorageError as error:
+        if not _is_of_the_name(error.__cause__):
+            raise
+        return Fault("not_found", printable(f"{uri}: {error.__cause__}"))
+
+
+def _names_an_object(uri: str) -> bool:
+    bucket, _, key = uri.partition("://")[2].partition("/")
+    return protocol_of(uri) not in _BUCKETS or bool(bucket and key)
+
+
+def _is_of_the_name(error: BaseException | None) -> bool:
+    """Whether no store, in whatever state, has such an object; botocore looks at names before it asks."""
+    is_unusable = isinstance(error, OSError) and error.errno in (errno.ENAMETOOLONG, errno.ELOOP)
+    return is_unusable or type(error).__name__ == "ParamValidationError"
 
 
 def fetch_image(sample: Sample, reference: str | None, listing: str, store: Store, max_bytes: int) -> Sample:

@@ -25,7 +25,7 @@ from pipelines.sources.members import (
     too_large,
     without_repeats,
 )
-from pipelines.sources.text import Fault, printable
+from pipelines.sources.text import printable
 from pipelines.storage import Store
 
 
@@ -53,7 +53,8 @@ def plan(uri: str, settings: ReadConfig, store: Store, slices: dict[str, int]) -
 
 
 def samples(shard: Shard, settings: ReadConfig, store: Store) -> Iterator[Sample]:
-    """In the order of their keys. Raises: ChangedInputError where the slice is not what was planned."""
+    """In the order of their keys. Raises: ChangedInputError where the slice is not what was planned, StorageError
+    where a file may not be read or storage fails."""
     part, slices = shard.slice or (0, 1)
     files = [file for file in _files(shard.uri, store) if slice_of(file.key, slices) == part]
     if next(_versions(files, 1))[0] != shard.version:
@@ -122,21 +123,19 @@ def _members(file: File, settings: ReadConfig, store: Store) -> list[Member]:
     if file.entry.bytes > limit:
         member.fault = too_large(member, limit)
     else:
-        member.data, member.fault = _read(file.entry, store)
+        member.data = _read(file.entry, store)
     if not is_caption or member.data is None:
         return [member]
     lines = [line for line in member.data.splitlines() if line.strip()]
     return [Member(file.extension, line) for line in lines or [b""]]
 
 
-def _read(entry: Entry, store: Store) -> tuple[bytes | None, Fault | None]:
+def _read(entry: Entry, store: Store) -> bytes:
     changed = ChangedInputError(f"{entry.uri} changed while it was read", "Run the same command again.")
     try:
         data = store.read(entry.uri)
     except FileNotFoundError:
         raise changed from None
-    except PermissionError as error:
-        return None, Fault("fetch_failed", printable(str(error)))
     if len(data) != entry.bytes:
         raise changed
-    return data, None
+    return data

@@ -43,10 +43,13 @@ def find(inputs: list[str], format_: str, store: Store) -> Found:
             _find(given, format_, store, found)
         except (ValueError, ImportError, PermissionError) as error:
             raise InputError(f"{given} cannot be read: {error}", "Check its protocol and your access to it.") from error
+        except FileNotFoundError as error:
+            raise InputError(f"{given} does not exist: {error}", "Check the name.") from error
     return found
 
 
-def _find(given: str, format_: str, store: Store, found: Found) -> None:
+def _find(given: str, format_: str, store: Store, found: Found, lists: tuple[str, ...] = ()) -> None:
+    """lists: the list files that lead here, each named by the one before."""
     uris = _expand_braces(given)
     if len(uris) > 1 and not any(_is_pattern(uri) for uri in uris):
         _add_files(store.stat_many(uris), given, format_, found)
@@ -57,7 +60,7 @@ def _find(given: str, format_: str, store: Store, found: Found) -> None:
         elif _may_be_folder(uri) and store.is_folder(uri):
             _add_folder(uri, store.entries(uri), format_, store, found)
         elif kind_of(uri) == "list" and format_ != "manifest":
-            _add_list(uri, format_, store, found)
+            _add_list(uri, format_, store, found, lists)
         else:
             _add_files(store.stat_many([uri]), given, format_, found)
 
@@ -155,22 +158,32 @@ def _tally(kinds: dict[Kind | None, list[Entry]]) -> str:
     )
 
 
-def _add_list(uri: str, format_: str, store: Store, found: Found) -> None:
+def _add_list(uri: str, format_: str, store: Store, found: Found, lists: tuple[str, ...]) -> None:
     """A list file: inputs one a line, relative to its folder; a list of images is a manifest."""
-    lines = [line.strip() for line in store.read(uri).decode("utf-8-sig", "replace").splitlines()]
+    if uri in lists:
+        raise InputError(f"List files name each other: {' → '.join((*lists, uri))}", "Take one of the names out.")
+    lines = [line.strip() for line in _text(uri, store, lists).splitlines()]
     named = [line for line in lines if line and not line.startswith("#")]
     if not named:
         raise InputError(f"{uri} lists nothing", "Put one path or URI on each line.")
     if all(kind_of(name) == "image" for name in named):
         found.manifests[uri] = None
         return
-    uris = [uri_ for line in named for uri_ in _expand_braces(_absolute(line, uri))]
-    files = [name for name in uris if not _is_pattern(name) and kind_of(name) not in (None, "list")]
+    uris = dict.fromkeys(name for line in named for name in _expand_braces(_absolute(line, uri)))
+    files = {name: None for name in uris if not _is_pattern(name) and kind_of(name) not in (None, "list")}
     if files:
-        _add_files(store.stat_many(files), uri, format_, found)
+        _add_files(store.stat_many(list(files)), uri, format_, found)
     for name in uris:
         if name not in files and name != uri:
-            _find(name, format_, store, found)
+            _find(name, format_, store, found, (*lists, uri))
+
+
+def _text(uri: str, store: Store, lists: tuple[str, ...]) -> str:
+    try:
+        return store.read(uri).decode("utf-8-sig", "replace")
+    except FileNotFoundError:
+        named = f", which {lists[-1]} names," if lists else ""
+        raise InputError(f"The list file {uri}{named} does not exist", "Check the name.") from None
 
 
 def _absolute(name: str, listing: str) -> str:

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterator
-from itertools import groupby
 from typing import Any
 
 from pipelines.config import ReadConfig
@@ -44,9 +43,10 @@ def plan(uri: str, settings: ReadConfig, store: Store, slices: dict[str, int]) -
 
 
 def samples(shard: Shard, settings: ReadConfig, store: Store) -> Iterator[Sample]:
-    """In the order of the manifest; rows that follow each other and name one image are one sample.
+    """In the order of the manifest; rows of one key and image are one sample, where the first of them is.
 
-    Raises: ChangedInputError where the slice was not what was planned.
+    The rows of the slice are in memory at once. Raises: ChangedInputError where they are not what was
+    planned, StorageError where storage fails.
     """
 
     def finish(made: tuple[Sample, str | None]) -> Sample:
@@ -87,19 +87,23 @@ def _require_columns(uri: str, values: dict[str, Any], settings: ReadConfig) -> 
 
 
 def _samples(shard: Shard, settings: ReadConfig, store: Store) -> Iterator[tuple[Sample, str | None]]:
+    for (key, _), group in _groups(shard, settings, store).items():
+        yield _sample(key, group, shard, settings)
+
+
+def _groups(shard: Shard, settings: ReadConfig, store: Store) -> dict[tuple[str, str], list[Row]]:
+    """The slice's rows by sample. Those of one image may be far apart, as in shuffled annotations, but share a
+    key and so a slice."""
     part, slices = shard.slice or (0, 1)
     digest = hashlib.sha256()
-
-    def members() -> Iterator[Row]:
-        for row in rows(shard.uri, store, settings.splits):
-            if slice_of(key_of(row, settings), slices) == part:
-                digest.update(row.digest.encode())
-                yield row
-
-    for (key, _), group in groupby(members(), key=lambda row: _identity(row, settings)):
-        yield _sample(key, list(group), shard, settings)
+    groups: dict[tuple[str, str], list[Row]] = {}
+    for row in rows(shard.uri, store, settings.splits):
+        if slice_of(key_of(row, settings), slices) == part:
+            digest.update(row.digest.encode())
+            groups.setdefault(_identity(row, settings), []).append(row)
     if digest.hexdigest()[:12] != shard.version:
         raise ChangedInputError(f"{shard.uri} has changed since the run was planned", "Run the same command again.")
+    return groups
 
 
 def _identity(row: Row, settings: ReadConfig) -> tuple[str, str]:
@@ -114,12 +118,8 @@ def _sample(key: str, group: list[Row], shard: Shard, settings: ReadConfig) -> t
     if first.values is None:
         fault = Fault("bad_manifest_line", printable(f"row {first.number}: {first.fault}"))
         return rejected_row(key, shard.uri, fault), None
-    try:
-        sample, reference = sample_of(
-            _merged([row.values or {} for row in group], settings), columns_of(first.values, settings), key, settings
-        )
-    except ValueError as error:
-        return rejected_row(key, shard.uri, Fault("bad_manifest_line", f"row {first.number}: {error}")), None
+    merged = _merged([row.values or {} for row in group], settings)
+    sample, reference = sample_of(merged, columns_of(first.values, settings), key, settings)
     sample.uri = sample.uri or shard.uri
     return sample, reference
 

@@ -136,7 +136,7 @@ def _json(members: list[Member]) -> tuple[dict[str, Any], dict[str, Any], Fault 
             raise ValueError(text.detail)
         value = parse_json(text)
         value = value if isinstance(value, dict) else {"json": value}
-        return value, plain(value), None
+        return value, plain(value, set()), None
     except ValueError as error:
         fault = Fault("bad_json", printable(str(error)))
         return {}, {"_error": f"json: {fault.detail}"}, fault

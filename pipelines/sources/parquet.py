@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from io import BufferedReader
 from itertools import count
 from typing import Any
@@ -16,13 +17,13 @@ import pyarrow.parquet as pq
 
 from pipelines.config import ReadConfig
 from pipelines.contracts import Entry, Sample, Shard
-from pipelines.errors import InputError
+from pipelines.errors import InputError, StorageError
 from pipelines.sources.arrow import is_bytes, values_of
 from pipelines.sources.columns import Columns, columns_of, key_in, sample_of
 from pipelines.sources.fetch import fetch_image, in_order
 from pipelines.sources.identity import object_version, shard_id
 from pipelines.sources.kinds import basename
-from pipelines.sources.members import rejected_row
+from pipelines.sources.members import MAX_FIELD_BYTES, rejected_row
 from pipelines.sources.text import Fault, printable
 from pipelines.storage import READ_BLOCK_BYTES, Store
 
@@ -32,6 +33,10 @@ _BATCH_ROWS = 32
 _MAX_GROUP_BYTES = 128 * 2**20
 # pyarrow raises OSError, ValueError (ArrowInvalid) and others for bytes that are not Parquet.
 _TORN = (pa.ArrowException, OSError, ValueError)
+
+
+class TornError(Exception):
+    """The bytes are there, and are not Parquet."""
 
 
 def plan(entries: list[Entry], settings: ReadConfig, store: Store) -> list[Shard]:
@@ -52,11 +57,22 @@ def samples(shard: Shard, settings: ReadConfig, store: Store) -> Iterator[Sample
     yield from in_order(lambda row: fetch_image(row[0], row[1], shard.uri, store, settings.max_image_bytes), rows)
 
 
+@contextmanager
+def _told_from_storage() -> Iterator[None]:
+    """Raises: TornError for what pyarrow says of bad bytes; what the store says passes as it is."""
+    try:
+        yield
+    except (StorageError, FileNotFoundError):
+        raise
+    except _TORN as error:
+        raise TornError(printable(str(error))) from error
+
+
 def _require_columns(entry: Entry, settings: ReadConfig, store: Store) -> None:
     try:
-        with store.open(entry.uri) as file:
+        with store.open(entry.uri) as file, _told_from_storage():
             names = pq.ParquetFile(file).schema_arrow.names
-    except _TORN:
+    except TornError:
         return
     if problem := _missing_columns(names, settings):
         raise InputError(f"{entry.uri} {problem}", "Name them with read.image_column and read.caption_column.")
@@ -77,9 +93,9 @@ def _pieces(entry: Entry, settings: ReadConfig, store: Store) -> list[Shard]:
     if entry.bytes <= CUT_ABOVE_BYTES:
         return [whole]
     try:
-        with store.open(entry.uri) as file:
+        with store.open(entry.uri) as file, _told_from_storage():
             footer = pq.ParquetFile(file).metadata
-    except _TORN:
+    except TornError:
         return [whole]
     bounds = cut([footer.row_group(i).num_rows for i in range(footer.num_row_groups)], settings.rows_per_shard)
     if len(bounds) < 2:
@@ -121,10 +137,11 @@ def _group_bytes(footer: Any, index: int) -> int:
 def _rows(shard: Shard, settings: ReadConfig, store: Store) -> Iterator[tuple[Sample, str | None]]:
     with store.open(shard.uri) as stream:
         try:
-            file = _open(stream)
-            names = file.schema_arrow.names
-        except _TORN as error:
-            yield rejected_row(basename(shard.uri), shard.uri, Fault("corrupt_shard", printable(str(error)))), None
+            with _told_from_storage():
+                file = _open(stream)
+                names = file.schema_arrow.names
+        except TornError as error:
+            yield rejected_row(basename(shard.uri), shard.uri, Fault("corrupt_shard", str(error))), None
             return
         if problem := _missing_columns(names, settings):
             yield rejected_row(basename(shard.uri), shard.uri, Fault("wrong_columns", printable(problem))), None
@@ -161,17 +178,27 @@ def _sample(
 
 def _readable(file: Any, group: int, columns: Columns) -> Iterator[dict[str, Any] | Fault]:
     """The group's rows, a few at a time; where its bytes are bad, a Fault and no more."""
-    skipped = [field.name for field in file.schema_arrow if is_bytes(field.type) and field.name not in columns]
+    skipped = _large_fields(file, group, columns)
     wanted = [name for name in file.schema_arrow.names if name not in skipped] if skipped else None
     batches = file.iter_batches(_BATCH_ROWS, row_groups=[group], columns=wanted, use_threads=False)
     for number in count():
         try:
-            batch = next(batches, None)
-        except _TORN as error:
-            yield Fault("corrupt_row_group", printable(f"row group {group}, batch {number}: {error}"))
+            with _told_from_storage():
+                batch = next(batches, None)
+        except TornError as error:
+            yield Fault("corrupt_row_group", f"row group {group}, batch {number}: {error}")
             return
         if batch is None:
             return
         for values in zip(*map(values_of, batch.columns), strict=True):
             row = dict(zip(batch.schema.names, values, strict=True))
-            yield row | ({"_skipped": skipped} if skipped else {})
+            yield ({"_skipped": skipped} if skipped else {}) | row
+
+
+def _large_fields(file: Any, group: int, columns: Columns) -> list[str]:
+    """Columns of bytes whose mean in the group is too large for metadata: they are not even read."""
+    footer = file.metadata.row_group(group)
+    chunks = [footer.column(i) for i in range(footer.num_columns)]
+    large = {c.path_in_schema for c in chunks if c.total_uncompressed_size > MAX_FIELD_BYTES * footer.num_rows}
+    fields = [field.name for field in file.schema_arrow if is_bytes(field.type) and field.name not in columns]
+    return [name for name in fields if name in large]

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import base64
 import json
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,6 +13,7 @@ from pipelines.contracts import Reject
 
 STAGE = "read"
 MAX_DEPTH = 64
+MAX_BASE64_BYTES = 4 * 2**10
 
 
 @dataclass(frozen=True)
@@ -103,23 +105,56 @@ def parse_json(text: str) -> Any:
         raise ValueError("nested too deeply") from None
 
 
-def plain(value: Any, depth: int = 0) -> Any:
-    """Value as JSON can hold it; bytes that are text become text, other bytes None.
+def metadata_of(fields: Mapping[str, Any]) -> dict[str, Any]:
+    """The fields as JSON can hold them, and what became of those that it cannot.
 
-    Raises ValueError where it is nested more than MAX_DEPTH deep: writers of JSON recurse.
+    `_base64` names fields with bytes that are no text, `_skipped` those with more than MAX_BASE64_BYTES of
+    them and those nested too deeply, of which `_error` tells.
+    """
+    metadata: dict[str, Any] = {}
+    for name, value in ((printable(str(name)), value) for name, value in fields.items()):
+        marks: set[str] = set()
+        try:
+            metadata[name] = plain(value, marks)
+        except ValueError as error:
+            marks = {"_skipped"}
+            _note(metadata, "_error", f"{name}: {error}")
+        for mark in sorted(marks):
+            _note(metadata, mark, name)
+    return metadata
+
+
+def _note(metadata: dict[str, Any], mark: str, text: str) -> None:
+    noted = metadata.get(mark)
+    metadata[mark] = [*noted, text] if isinstance(noted, list) else [text]
+
+
+def plain(value: Any, marks: set[str], depth: int = 0) -> Any:
+    """Value as JSON can hold it. Bytes that are text become text, a few others base64, many None.
+
+    marks: is added `_base64` or `_skipped` where the latter happens. Raises ValueError where the value is
+    nested more than MAX_DEPTH deep: writers of JSON recurse.
     """
     if depth > MAX_DEPTH:
         raise ValueError("nested too deeply")
     if isinstance(value, dict):
-        return {printable(str(key)): plain(item, depth + 1) for key, item in value.items()}
+        return {printable(str(key)): plain(item, marks, depth + 1) for key, item in value.items()}
     if isinstance(value, (list, tuple)):
-        return [plain(item, depth + 1) for item in value]
+        return [plain(item, marks, depth + 1) for item in value]
     if isinstance(value, bytes):
-        text = decoded(value)
-        return text if isinstance(text, str) else None
+        return _text_or_base64(value, marks)
     if isinstance(value, float):
         return finite(value)
     return value if value is None or isinstance(value, (bool, int)) else printable(str(value))
+
+
+def _text_or_base64(data: bytes, marks: set[str]) -> str | None:
+    text = decoded(data)
+    if isinstance(text, str):
+        return text
+    is_small = len(data) <= MAX_BASE64_BYTES
+    marks.add("_base64" if is_small else "_skipped")
+    return base64.b64encode(data).decode() if is_small else None
 
 
 def label_of(metadata: dict[str, Any]) -> str | None:

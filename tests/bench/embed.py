@@ -14,9 +14,11 @@ import argparse
 import io
 import json
 import os
+import sys
 import tarfile
 import tempfile
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -45,7 +47,7 @@ BATCH, SHARDS = 64, 8
 VIT_B_32 = {"image_size": 224, "layers": 12, "width": 768, "patch_size": 32}
 
 
-def photos(images: int) -> list[bytes]:
+def enlarged_scenes(images: int) -> list[bytes]:
     """JPEGs of 256 to 384 pixels: scenes, enlarged."""
     drawn = (scene(0, index).image for index in range(images))
     sides = np.random.default_rng(0).integers(256, 385, size=(images, 2))
@@ -125,10 +127,10 @@ def measure(images: int, precision: str, vision: dict[str, Any]) -> dict[str, An
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name) / "shards"
         folder.mkdir()
-        write_tars(folder, photos(images))
+        write_tars(folder, enlarged_scenes(images))
         checkpoint = save_open_clip(Path(name) / "checkpoint", vision_cfg=vision, embed_dim=512)
         spec = registry.describe(f"open_clip:local-dir:{checkpoint}")
-        spec = EncoderSpec(**{**spec.__dict__, "precision": precision})
+        spec = replace(spec, precision=precision)
         decode = decode_seconds(samples(folder), spec)
         before = bare_rate(spec)
         rate, report = pipeline_rate(folder, checkpoint, precision, threads)
@@ -152,8 +154,12 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--images", type=int, default=2000)
     parser.add_argument("--precision", default="fp32", choices=["fp32", "bf16"])
+    parser.add_argument("--floor", type=float, default=0.85, help="efficiency below which it fails")
     arguments = parser.parse_args()
-    print(json.dumps(measure(arguments.images, arguments.precision, VIT_B_32), indent=2))
+    figures = measure(arguments.images, arguments.precision, VIT_B_32)
+    print(json.dumps(figures, indent=2))
+    if figures["efficiency"] < arguments.floor:
+        sys.exit(f"efficiency {figures['efficiency']} is below {arguments.floor}")
 
 
 if __name__ == "__main__":

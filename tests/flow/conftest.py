@@ -12,8 +12,15 @@ from tests import ceph
 from tests.checkpoints import save_open_clip
 from tests.s3_server import s3_server
 
-QUIET = {"RAY_USAGE_STATS_ENABLED": "0", "RAY_DATA_DISABLE_PROGRESS_BARS": "1", "OMP_NUM_THREADS": "1"}
-
+os.environ.update(
+    {
+        "RAY_USAGE_STATS_ENABLED": "0",
+        "RAY_DATA_DISABLE_PROGRESS_BARS": "1",
+        "OMP_NUM_THREADS": "1",
+        # Ray's own default, but read when it is imported, which a forked command has long done.
+        "RAY_AUTH_MODE": "token",
+    }
+)
 
 ATTEMPTS = 3
 
@@ -44,18 +51,12 @@ def ray_local() -> Iterator[str]:
 
     Yields its address, for runs in processes of their own.
     """
-    before = {name: os.environ.get(name) for name in QUIET}
-    os.environ.update(QUIET)
     import ray
 
     with tempfile.TemporaryDirectory(prefix="vm", ignore_cleanup_errors=True) as folder:
         start(folder)
         yield ray.get_runtime_context().gcs_address
         ray.shutdown()
-    for name, value in before.items():
-        os.environ.pop(name, None)
-        if value is not None:
-            os.environ[name] = value
 
 
 @pytest.fixture(scope="session")

@@ -70,3 +70,21 @@ def test_an_output_tells_of_itself_from_any_folder(
     shards[0].unlink()
     printed = vecmill("status", "../out")
     assert "2 done, unknown pending" in printed and "20 embedded" in printed
+
+
+def test_a_vanished_shard_is_kept_until_it_is_pruned(shards: list[Path], checkpoint: Path, ray_local: str) -> None:
+    command = embedding(checkpoint, ray_local)
+    vecmill("embed", *command)
+    shards[1].unlink()
+    assert "1 shards of the output are not in this input: they are kept; --prune removes them" in vecmill(
+        "embed", *command
+    )
+    assert parts("out") == ["image", "image", "samples", "samples", "text", "text"]
+    assert "not in this input: they are removed" in vecmill("embed", *command, "--prune")
+    assert parts("out") == ["image", "samples", "text"]
+    assert "1 done, 0 pending" in vecmill("status", "out")
+
+
+def parts(output: str) -> list[str]:
+    """The folder of each part."""
+    return sorted(path.parent.name for path in Path(output).rglob("part-*.parquet"))

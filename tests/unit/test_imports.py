@@ -17,13 +17,13 @@ LAYERS = [
     {"prepare", "meter", "read", "decode", "overlap", "encode", "merge", "write"},
     {"embed"},
     {"index"},
-    {"search"},
+    {"search", "queries"},
 ]
 # record.py describes an encoder by its spec, which is light; nothing else may reach up.
 ALLOWED_UP = {("record", "encoders")}
 HEAVY = {
     "ray": {"read", "write", "meter", "embed", "index"},
-    "torch": {"encoders", "encode", "overlap"},
+    "torch": {"encoders", "encode"},
     "faiss": {"index", "search"},
     "autofaiss": {"index"},
 }

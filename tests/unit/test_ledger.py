@@ -10,9 +10,12 @@ import random
 import tempfile
 import threading
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import suppress
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from hypothesis import HealthCheck, given, settings
@@ -21,7 +24,7 @@ from hypothesis import strategies as st
 from pipelines.config import WriteConfig
 from pipelines.contracts import Shard
 from pipelines.errors import LedgerError
-from pipelines.ledger import CommitRef, list_commits, make_plan, place, read_commit, retire, settle, tally
+from pipelines.ledger import CommitRef, conclude, list_commits, make_plan, place, read_commit, retire, settle, tally
 from pipelines.storage import Store
 from pipelines.write import EmbeddingSink
 from tests.encoded import ENCODER, FAMILIES, encoded_row, encoded_rows
@@ -81,9 +84,9 @@ class FaultyStore(Store):
     runner: str
     scheduler: Scheduler
 
-    def read_many(self, paths: Iterable[str]) -> Iterator[bytes]:
+    def read_many(self, paths: Iterable[str]) -> Iterator[bytes | None]:
         """One after the other: the scheduler counts on one call at a time from a run."""
-        return (self.read(path) for path in paths)
+        return (self._read_or_none(path) for path in paths)
 
     def __getattribute__(self, name: str) -> Any:
         attribute = super().__getattribute__(name)
@@ -123,11 +126,11 @@ def run_once(store: Store, rng: random.Random, write: WriteConfig) -> None:
         for start, stop in zip([0, *cuts], [*cuts, ROWS], strict=True):
             blocks.append(encoded_rows(range(start, stop), ROWS if stop == ROWS else None, work.shard.id))
     rng.shuffle(blocks)
-    sink = EmbeddingSink(store, FAMILIES, write, plan.changed)
+    sink = EmbeddingSink(store, FAMILIES, write, plan)
     while blocks:
         taken = [blocks.pop() for _ in range(min(len(blocks), rng.randint(1, 2)))]
         sink.write(taken, None)
-    settle(store, make_plan(store, SHARDS, FAMILIES))
+    assert not conclude(store, plan, FAMILIES)
 
 
 def run_until_done(root: str, runner: str, scheduler: Scheduler, seed: int, failures: list[BaseException]) -> None:
@@ -216,7 +219,7 @@ def test_a_new_version_is_pending_and_retires_the_old_when_it_commits(tmp_path: 
     assert [ref.version for ref in plan.changed[SHARDS[0].id]] == ["v0", "v0"]
 
     rows = encoded_rows(range(5), 5, SHARDS[0].id, "v1")
-    EmbeddingSink(store, FAMILIES, WriteConfig(), plan.changed).write([rows], None)
+    EmbeddingSink(store, FAMILIES, WriteConfig(), plan).write([rows], None)
     assert list(store.names("samples")) == [f"part-{SHARDS[0].id}.v1.0.parquet"]
     assert len(store.names("retired")) == 2
     assert not make_plan(store, SHARDS[:1], FAMILIES).pending
@@ -228,6 +231,88 @@ def test_a_retirement_that_died_is_finished(tmp_path: Path) -> None:
     assert {ref.version for ref in plan.superseded} == {"v0"} and not plan.pending
     settle(store, plan)
     assert {ref.version for ref in list_commits(store, "samples")} == {"v1"}
+
+
+@pytest.mark.parametrize("deletes", [0, 1, 2])
+def test_a_shard_that_comes_back_after_it_was_retired_is_done_again(
+    tmp_path: Path, deletes: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """deletes: storage calls after which retiring it died."""
+    store, left = written(tmp_path, "v1"), [deletes] * len(FAMILIES)
+    real = Store.delete
+
+    def delete(self: Store, paths: Iterable[str]) -> None:
+        if not left[0]:
+            raise Killed
+        left[0] -= 1
+        real(self, paths)
+
+    monkeypatch.setattr(Store, "delete", delete)
+    for ref in [*list_commits(store, "samples"), *list_commits(store, ENCODER.name)]:
+        left[0] = deletes
+        with suppress(Killed):
+            retire(store, ref)
+    monkeypatch.undo()
+
+    plan = make_plan(store, SHARDS[:1], FAMILIES)
+    assert [work.families for work in plan.pending] == [tuple(FAMILIES)]
+    settle(store, plan)
+    assert store.names("samples") == []
+    EmbeddingSink(store, FAMILIES, WriteConfig(), plan).write([encoded_rows(range(5), 5, SHARDS[0].id, "v1")], None)
+    assert not conclude(store, plan, FAMILIES)
+    assert store.names("samples") == [f"part-{SHARDS[0].id}.v1.1.parquet"]
+    assert not make_plan(store, SHARDS[:1], FAMILIES).pending
+
+
+def test_another_encoders_vectors_go_with_the_samples_they_were_made_of(tmp_path: Path) -> None:
+    other = replace(ENCODER, name="other")
+    families = {**FAMILIES, "other": other}
+    store = Store(str(tmp_path))
+    old, new = (encoded_rows(range(5), 5, SHARDS[0].id, version) for version in ("v0", "v1"))
+    EmbeddingSink(store, families, WriteConfig()).write([with_families(old, families)], None)
+    plan = make_plan(store, SHARDS[:1], FAMILIES, ["other"])
+    EmbeddingSink(store, FAMILIES, WriteConfig(), plan).write([new], None)
+    assert not conclude(store, plan, FAMILIES)
+    assert list(list_commits(store, "other")) == [] and store.names("embeddings/other") == []
+    assert make_plan(store, SHARDS[:1], ["other"]).pending
+
+
+def with_families(rows: pa.Table, families: Iterable[str]) -> pa.Table:
+    column = rows.schema.get_field_index("families")
+    return rows.set_column(
+        column, "families", pa.array([list(families)] * rows.num_rows, rows.schema.field(column).type)
+    )
+
+
+def test_pieces_of_an_object_that_is_cut_anew_stay_until_the_new_ones_are_there(tmp_path: Path) -> None:
+    store, whole = Store(str(tmp_path)), SHARDS[0]
+    pieces = [f"{whole.id}-p00000", f"{whole.id}-p00001"]
+    for piece in pieces:
+        EmbeddingSink(store, FAMILIES, WriteConfig()).write([encoded_rows(range(5), 5, piece)], None)
+    plan = make_plan(store, [whole], FAMILIES)
+    settle(store, plan)
+    assert {ref.shard for ref in plan.recut} == set(pieces) == {ref.shard for ref in list_commits(store, "samples")}
+    EmbeddingSink(store, FAMILIES, WriteConfig(), plan).write([encoded_rows(range(10), 10, whole.id)], None)
+    assert not conclude(store, plan, FAMILIES)
+    assert [ref.shard for ref in list_commits(store, "samples")] == [whole.id]
+
+
+def test_a_run_that_ends_late_leaves_a_newer_version_alone(tmp_path: Path) -> None:
+    store = Store(str(tmp_path))
+    late = make_plan(store, SHARDS[:1], FAMILIES)
+    written(tmp_path, "v2")
+    EmbeddingSink(store, FAMILIES, WriteConfig(), late).write([encoded_rows(range(5), 5, SHARDS[0].id)], None)
+    assert not conclude(store, late, FAMILIES)
+    assert {ref.version for ref in list_commits(store, "samples")} == {"v1", "v2"}
+
+
+def test_two_encoders_under_one_name_do_not_mix(tmp_path: Path) -> None:
+    written(tmp_path, "v1")
+    families = {**FAMILIES, ENCODER.name: replace(ENCODER, fingerprint="e" * 64)}
+    with pytest.raises(LedgerError, match="made by another encoder"):
+        EmbeddingSink(Store(str(tmp_path)), families, WriteConfig()).write(
+            [encoded_rows(range(5), 5, SHARDS[0].id)], None
+        )
 
 
 def test_a_family_added_later_is_pending_alone(tmp_path: Path) -> None:

@@ -7,7 +7,7 @@ import time
 import numpy as np
 import pytest
 
-from pipelines.observe import Clock, Meter, bottleneck, duration, nowhere, peak_memory_mib
+from pipelines.observe import Clock, Meter, SharedClock, bottleneck, duration, nowhere, peak_memory_mib
 
 
 def test_a_meter_adds_up_and_keeps_the_peaks() -> None:
@@ -84,3 +84,18 @@ def test_a_duration_reads_well(seconds: float, said: str) -> None:
 
 def test_observing_nowhere_takes_anything() -> None:
     nowhere(stage="read", rows=1)
+
+
+def test_a_shared_clock_counts_the_time_of_two_at_once_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    now = [0.0]
+    monkeypatch.setattr("pipelines.observe.time.perf_counter", lambda: now[0])
+    clock = SharedClock()
+    one, two = clock.running(), clock.running()
+    for at, step in ((0, one.__enter__), (1, two.__enter__), (4, lambda: one.__exit__(None, None, None))):
+        now[0] = at
+        step()
+    assert clock.take() == 4
+    now[0] = 6
+    two.__exit__(None, None, None)
+    now[0] = 9
+    assert clock.take() == 2 and clock.take() == 0

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,7 @@ from pipelines.storage import Store
 from tests.checkpoints import save_open_clip
 
 LAPTOP = Cluster(cpus=8, gpus=0, nodes=1, node_cpus=8)
-FARM = Cluster(cpus=64, gpus=8, nodes=4, node_cpus=16)
+FARM = Cluster(cpus=64, gpus=8, nodes=4, node_cpus=16, node_gpus=2)
 
 
 @pytest.fixture(scope="module")
@@ -225,7 +226,9 @@ def test_what_is_not_there_is_told(
         ({"actors": 8}, LAPTOP, "8 actors of 1 CPUs and 1 to spare .* need 9 CPUs; the cluster has 8"),
         ({"cpus_per_actor": 8}, LAPTOP, "1 actors of 8 CPUs"),
         ({}, Cluster(cpus=1, gpus=0, nodes=1, node_cpus=1), "need 2 CPUs; the cluster has 1"),
-        ({}, Cluster(cpus=8, gpus=8, nodes=1, node_cpus=8), "8 actors of 1 CPUs"),
+        ({}, Cluster(cpus=8, gpus=8, nodes=1, node_cpus=8, node_gpus=8), "8 actors of 1 CPUs"),
+        ({"gpus_per_actor": 4}, FARM, "fits no node: the largest has 2 and 16"),
+        ({"actors": 1, "cpus_per_actor": 20}, FARM, "An actor of 1 GPUs and 20 CPUs fits no node"),
     ],
 )
 def test_a_run_that_would_hang_is_refused(
@@ -234,7 +237,22 @@ def test_a_run_that_would_hang_is_refused(
     run = prepared(settings, cluster, encode=encode)
     with pytest.raises(PreflightError, match=told) as refused:
         require_resources(run.config, cluster)
-    assert "encode.actors" in refused.value.fix
+    assert "encode." in refused.value.fix
+
+
+def test_a_decode_task_that_fits_no_node_is_refused(settings: dict[str, Any]) -> None:
+    small = replace(LAPTOP, node_memory_mib=2000)
+    run = prepared({**settings, "cluster": {"memory_per_decode_task_mib": 3000}}, small)
+    with pytest.raises(PreflightError, match=r"A decode task of 3,000 MiB fits no node: the largest gives 2,000 MiB"):
+        require_resources(run.config, small)
+
+
+def test_rows_read_in_another_way_do_not_mix(settings: dict[str, Any]) -> None:
+    run = prepared(settings)
+    write_record(run.store, run.record)
+    with pytest.raises(PreflightError, match=r"read with other settings:\n  read.caption_column: None → 'title'"):
+        prepared(settings, read={"caption_column": "title"})
+    prepared(settings, read={"rows_per_block": 7})
 
 
 @pytest.mark.parametrize(

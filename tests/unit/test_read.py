@@ -65,6 +65,15 @@ def test_blocks_are_cut_by_bytes(tmp_path: Path) -> None:
     assert [block.num_rows for block in cut] == [2, 2, 2]
 
 
+def test_captions_and_metadata_count_as_bytes_of_a_block(tmp_path: Path) -> None:
+    described = [(f"{key}.json", json.dumps({"note": "é" * 300_000}).encode()) for key in range(5)]
+    cut = blocks(work_of(tmp_path / "a.tar", described), block_mib=1)
+    assert [block.num_rows for block in cut] == [2, 2, 2]
+    captioned = [(f"{key}.txt", b"x" * 600_000) for key in range(5)]
+    cut = blocks(work_of(tmp_path / "b.tar", captioned), block_mib=1)
+    assert [block.num_rows for block in cut] == [2, 2, 2]
+
+
 def test_a_shard_that_fills_its_blocks_still_ends_with_a_mark(tmp_path: Path) -> None:
     cut = blocks(work_of(tmp_path / "a.tar", pairs(8)), rows_per_block=4)
     assert [block.num_rows for block in cut] == [4, 4, 1]

@@ -53,6 +53,18 @@ def test_a_new_output_has_an_empty_record(store: Store) -> None:
     assert read_record(store) == RunRecord()
 
 
+def test_what_another_run_recorded_meanwhile_is_kept(store: Store) -> None:
+    write_record(store, RunRecord(encoders={"other": encoder_record(SPEC, ("image",), 64)}, slices={"s3://b/x": 3}))
+    write_record(store, RunRecord(encoders={"clip": encoder_record(SPEC, ("text",), 64)}, slices={"s3://b/y": 4}))
+    both = read_record(store)
+    assert both.encoders.keys() == {"other", "clip"} and both.slices == {"s3://b/x": 3, "s3://b/y": 4}
+    half = encoder_record(replace(SPEC, precision="fp16"), ("image",), 64)
+    with pytest.raises(PreflightError, match="precision: 'fp32' → 'fp16'"):
+        write_record(store, RunRecord(encoders={"clip": half}))
+    with pytest.raises(PreflightError, match="Another run has just cut"):
+        write_record(store, RunRecord(slices={"s3://b/x": 5}))
+
+
 def test_a_record_is_read_as_it_was_written(store: Store) -> None:
     record = RunRecord(
         encoders={"clip": encoder_record(SPEC, ("image",), 64)}, slices={"s3://b/images": 3}, settings={"output": "x"}

@@ -1,22 +1,25 @@
-from dataclasses import replace
+import subprocess
+import sys
+import weakref
 from pathlib import Path
+from typing import Any
 
+import faiss
 import numpy as np
 import pytest
-from PIL import Image
 
-from pipelines.encoders import registry
-from pipelines.encoders.base import EncoderSpec
-from pipelines.errors import ConfigError, IndexBuildError, InputError, PreflightError
-from pipelines.record import RunRecord, encoder_record, read_record, write_record
-from pipelines.search import Query, Searcher, choose_encoder, embed_queries, query_spec
+from pipelines.errors import ConfigError, IndexBuildError, InputError
+from pipelines.index import probe
+from pipelines.index.add import fill
+from pipelines.index.choose import cut
+from pipelines.index.parts import ReplacedError, embeddings_folder, list_parts
+from pipelines.index.release import finish, open_shard
+from pipelines.index.train import train
+from pipelines.search import Searcher, choose_encoder
 from pipelines.storage import Store
-from tests.checkpoints import save_open_clip
-from tests.indexed import ENCODER, caption_of, everything, write_output
-
-
-def spec(*modalities: str) -> EncoderSpec:
-    return EncoderSpec("hf:tiny", "hf", "tiny", 16, modalities, None, 8, "0")  # type: ignore[arg-type]
+from tests.indexed import ENCODER, caption_of, everything, part_name, shard_id, write_output, write_shard
+from tests.unit.index.test_parts import FOLDER
+from tests.unit.index.test_release import release
 
 
 @pytest.mark.parametrize("modality", ["image", "text"])
@@ -73,44 +76,122 @@ def test_without_an_index_only_exact_search_works(tmp_path: Path) -> None:
         Searcher(write_output(tmp_path, parts=1))
 
 
-def test_queries_that_no_tower_can_take() -> None:
-    with pytest.raises(ConfigError, match="embeds image, not text"):
-        embed_queries(spec("image"), [Query(text="a dog")])
-    for queries in ([], [Query()], [Query(text="a"), Query()]):
-        with pytest.raises(ConfigError, match="neither text nor image"):
-            embed_queries(spec("image", "text"), queries)
+def write_release(
+    root: Path,
+    parts: int = 4,
+    shards: int = 2,
+    metric: str = "ip",
+    first: int = 0,
+    dim: int = 16,
+    encoder: str = ENCODER,
+) -> Store:
+    """An output and a release of its images, in which every search is exact."""
+    store = write_output(root, parts, dim=dim, encoder=encoder, first=first)
+    listed = list_parts(store, embeddings_folder(encoder, "image"))
+    faiss.write_index(train("Flat", metric, np.empty((0, dim), np.float32), dim), str(root / "trained.faiss"))
+    made = release("v0001").model_copy(update={"encoder": encoder, "metric": metric, "parts": listed})
+    none = np.empty((0, dim), np.float32)
+    runs = [listed.run(run.start, run.stop) for run in cut(listed, shards)]
+    filled = [
+        fill(store, run, "trained.faiss", f"{made.folder}/shard-{at:04d}.faiss", none, 1, metric)
+        for at, run in enumerate(runs)
+    ]
+    finish(store, made.model_copy(update={"shards": tuple(each.shard for each in filled)}))
+    return store
 
 
-@pytest.fixture(scope="module")
-def made(tmp_path_factory: pytest.TempPathFactory) -> tuple[Store, EncoderSpec]:
-    """An output's record of a real checkpoint, with its spec."""
-    root = tmp_path_factory.mktemp("made")
-    save_open_clip(root / "clip")
-    spec = replace(registry.describe(f"open_clip:local-dir:{root / 'clip'}"), dtype="float32")
-    store = Store(str(root / "out"))
-    write_record(store, RunRecord(encoders={"clip": encoder_record(spec, spec.modalities, 8)}))
-    return store, spec
+def replace_shard(root: Path, at: int) -> None:
+    """As an embed run does with a shard that changed: the new part is there, the old one is not."""
+    for folder in (FOLDER, FOLDER.replace("image", "text"), "samples"):
+        (root / folder / part_name(at)).unlink()
+    write_shard(root, at, 50, 16, 99, "float16", ENCODER, 64, generation=1)
 
 
-def test_queries_are_embedded_by_the_runs_own_encoder(made: tuple[Store, EncoderSpec], tmp_path: Path) -> None:
-    store, spec = made
-    photo = str(tmp_path / "photo.png")
-    Image.fromarray(np.random.default_rng(0).integers(0, 255, (70, 90, 3), np.uint8)).save(photo)
-    asked = [Query("a dog"), Query(image=photo), Query("a dog", photo)]
-    text, image, both = embed_queries(query_spec(store, "clip"), asked, text_weight=0.25)
-    np.testing.assert_allclose([np.linalg.norm(vector) for vector in (text, image, both)], 1, atol=1e-5)
-    mixed = 0.25 * text + 0.75 * image
-    np.testing.assert_allclose(both, mixed / np.linalg.norm(mixed), atol=1e-5)
-    assert abs(text @ image) < 0.99, "the towers tell them apart"
-    for file, said in (("absent.png", "cannot be read"), (__file__, "unidentified_image")):
-        with pytest.raises(InputError, match=said):
-            embed_queries(spec, [Query(image=file)])
+def test_exact_search_compares_with_every_vector_there_is_now(tmp_path: Path) -> None:
+    store = write_release(tmp_path, metric="l2")
+    replace_shard(tmp_path, 1)
+    write_shard(tmp_path, 9, 50, 16, 0, "float16", ENCODER, 64)
+    items, vectors = everything(tmp_path, "image")
+    searcher = Searcher(store, exact=True)
+    assert searcher.metric == "l2"
+    for row, item in zip(searcher.search(vectors[::20], 1), items[::20], strict=True):
+        assert (row[0].shard, row[0].row) == (item.shard, item.row) and row[0].score == pytest.approx(0, abs=1e-5)
 
 
-def test_an_encoder_that_changed_is_refused(made: tuple[Store, EncoderSpec]) -> None:
-    store, spec = made
-    record = read_record(store)
-    other = encoder_record(replace(spec, weights="f" * 64), spec.modalities, 8)
-    write_record(store, record.model_copy(update={"encoders": {**record.encoders, "other": other}}))
-    with pytest.raises(PreflightError, match="weights: 'ffff"):
-        query_spec(store, "other")
+def test_exact_search_gives_the_releases_ids_while_its_parts_stand(tmp_path: Path) -> None:
+    store = write_release(tmp_path, parts=2, first=3)
+    _, vectors = everything(tmp_path, "image")
+    write_shard(tmp_path, 0, 50, 16, 0, "float16", ENCODER, 64)
+    found = Searcher(store, exact=True).search(vectors[::20], 1)
+    assert [row[0].id for row in found] == list(range(0, len(vectors), 20))
+
+
+def test_a_release_that_is_named_is_searched_exactly_as_it_was(tmp_path: Path) -> None:
+    store = write_release(tmp_path)
+    write_shard(tmp_path, 9, 50, 16, 0, "float16", ENCODER, 64)
+    assert len(Searcher(store, exact=True, release="v0001").parts.ranges) == 4
+    replace_shard(tmp_path, 1)
+    with pytest.raises(ReplacedError, match=rf"{part_name(1)} is gone"):
+        Searcher(store, exact=True, release="v0001").search(np.ones((1, 16), np.float32))
+
+
+def test_hits_in_replaced_shards_are_left_out_and_counted(tmp_path: Path) -> None:
+    store = write_release(tmp_path)
+    _, vectors = everything(tmp_path, "image")
+    searcher, said = Searcher(store), []
+    whole = searcher.search(vectors[::30], 10, said.append)
+    assert said == []
+    replace_shard(tmp_path, 1)
+    rest = searcher.search(vectors[::30], 10, said.append)
+    assert rest == [[hit for hit in row if hit.shard != shard_id(1)] for row in whole]
+    left_out = sum(map(len, whole)) - sum(map(len, rest))
+    assert left_out > 10 and len(said) == 1
+    assert said[0].startswith(f"{left_out} hits were left out") and "`vecmill index` again" in said[0]
+
+
+def test_hits_without_their_samples_are_left_out_too(tmp_path: Path) -> None:
+    store, said = write_release(tmp_path), []
+    (tmp_path / "samples" / part_name(2)).unlink()
+    (row,) = Searcher(store).search(np.ones((1, 16), np.float32), 1_000, said.append)
+    assert {hit.shard for hit in row} == {shard_id(at) for at in (0, 1, 3)}
+    assert "188 hits were left out" in said[0]
+
+
+class Opened:
+    """Counts the index shards that are opened, and how many at most are in memory at once."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.alive: list[Any] = []
+        self.most = 0
+        monkeypatch.setattr(probe, "open_shard", self.open)
+
+    def open(self, *words: Any) -> Any:
+        index = open_shard(*words)
+        self.alive.append(weakref.ref(index))
+        self.most = max(self.most, sum(held() is not None for held in self.alive))
+        return index
+
+
+def test_index_shards_stay_in_memory_or_are_opened_one_by_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    store, opened = write_release(tmp_path, shards=4), Opened(monkeypatch)
+    _, vectors = everything(tmp_path, "image")
+    searcher = Searcher(store, resident=False)
+    found = [searcher.search(vectors[::50]) for _ in range(2)]
+    assert (len(opened.alive), opened.most) == (8, 1)
+    opened = Opened(monkeypatch)
+    searcher = Searcher(store)
+    assert [searcher.search(vectors[::50]) for _ in range(2)] == found
+    assert (len(opened.alive), opened.most) == (4, 4)
+
+
+@pytest.mark.parametrize("resident", [True, False])
+def test_search_parameters_that_the_index_has_not(tmp_path: Path, resident: bool) -> None:
+    store = write_release(tmp_path)
+    with pytest.raises(IndexBuildError, match="'nope=8' do not suit the index"):
+        Searcher(store, params="nope=8", resident=resident).search(np.ones((1, 16), np.float32))
+
+
+def test_searching_imports_no_torch() -> None:
+    """A service that gets its queries as vectors needs none."""
+    code = "import sys, pipelines.search; print('torch' in sys.modules)"
+    assert subprocess.check_output([sys.executable, "-c", code], text=True).strip() == "False"

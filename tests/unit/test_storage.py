@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import pickle
 import threading
 from collections.abc import Callable
@@ -10,6 +11,8 @@ from pathlib import Path
 from typing import Any
 from uuid import uuid4
 
+import pyarrow as pa
+import pyarrow.dataset as ds
 import pytest
 from moto.core import DEFAULT_ACCOUNT_ID
 from moto.s3.models import s3_backends
@@ -234,3 +237,35 @@ def test_a_uri_has_one_spelling(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     assert whole_uri("http://host/a?b=c") == "http://host/a?b=c"
     with pytest.raises(ValueError, match="nope"):
         whole_uri("nope://a")
+
+
+def test_a_folder_that_another_clears_is_made_again(tmp_path: Path) -> None:
+    store, stop = Store(str(tmp_path)), threading.Event()
+
+    def clear() -> None:
+        while not stop.wait(0.002):
+            store.delete_folder("staging")
+
+    with ThreadPoolExecutor(1) as pool:
+        clearing = pool.submit(clear)
+        try:
+            for number in range(300):
+                store.put_atomic(f"staging/shard/{number}", b"fragment")
+        finally:
+            stop.set()
+        clearing.result()
+    with pytest.raises(FileNotFoundError):
+        store.copy("gone", "target")
+
+
+def test_what_a_dead_put_leaves_is_no_part_to_readers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    store = Store(str(tmp_path))
+    store.put_atomic("parts/a.parquet", b"whole")
+    monkeypatch.setattr(os, "unlink", lambda path: None)
+    monkeypatch.setattr(os, "replace", lambda source, target: (_ for _ in ()).throw(KeyboardInterrupt))
+    with pytest.raises(KeyboardInterrupt):
+        store.put_atomic("parts/b.parquet", b"half")
+    assert len(list((tmp_path / "parts").iterdir())) == 2
+    assert [Path(name).name for name in ds.dataset(tmp_path / "parts", pa.schema([]), format="parquet").files] == [
+        "a.parquet"
+    ]

@@ -7,9 +7,10 @@ import numpy as np
 import pytest
 
 from pipelines.errors import IndexBuildError
-from pipelines.index.add import Filled, fill, probe
+from pipelines.index.add import Filled, fill
 from pipelines.index.choose import cut
 from pipelines.index.parts import Parts, list_parts
+from pipelines.index.probe import probe
 from pipelines.index.recall import Top, exact, merge
 from pipelines.index.release import open_shard
 from pipelines.index.train import train

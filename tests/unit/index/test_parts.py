@@ -1,10 +1,12 @@
+import io
 from pathlib import Path
 
 import numpy as np
 import pytest
 
-from pipelines.errors import IndexBuildError
-from pipelines.index.parts import PartRange, Parts, batches, list_parts, pick, take
+from pipelines.errors import IndexBuildError, StorageError
+from pipelines.index.parts import PartRange, Parts, ReplacedError, batches, list_parts, pick, take
+from pipelines.storage import Store
 from tests.indexed import ENCODER, everything, part_name, write_output, write_shard
 
 FOLDER = f"embeddings/{ENCODER}/image"
@@ -120,3 +122,49 @@ def test_pick_takes_as_many_as_there_are(count: int) -> None:
     parts = of_rows(7, 3, 20, 10)
     for seed in range(20):
         assert sum(map(len, pick(parts, count, seed))) == min(count, 40)
+
+
+def damage(part: Path) -> None:
+    """Footer whole, pages gone."""
+    data = part.read_bytes()
+    part.write_bytes(data[:4] + b"\x00" * (len(data) // 2) + data[4 + len(data) // 2 :])
+
+
+@pytest.mark.parametrize("how", ["pages", "footer", "gone"])
+def test_a_part_that_cannot_be_read_is_named(tmp_path: Path, how: str) -> None:
+    store = write_output(tmp_path, parts=2)
+    parts = list_parts(store, FOLDER)
+    part = tmp_path / FOLDER / part_name(1)
+    if how == "pages":
+        damage(part)
+    elif how == "footer":
+        part.write_bytes(part.read_bytes()[:-8])
+    else:
+        part.unlink()
+    told = f"{part_name(1)} is {'gone' if how == 'gone' else 'damaged'}"
+    readings = [
+        lambda: list(batches(store, parts)),
+        lambda: take(store, f"{FOLDER}/{part_name(1)}", np.array([3])),
+        lambda: list_parts(store, FOLDER),
+    ]
+    for read in readings[:2] if how != "footer" else readings:
+        with pytest.raises(IndexBuildError, match=told) as caught:
+            read()
+        assert isinstance(caught.value, ReplacedError) == (how == "gone")
+
+
+class Failing(Store):
+    """Storage that is there for the opening alone."""
+
+    def open(self, path: str) -> io.BufferedReader:
+        class Broken(io.BytesIO):
+            def read(self, size: int | None = -1) -> bytes:
+                raise StorageError("Cannot read: 503", "Try again.")
+
+        return Broken(super().open(path).read())  # type: ignore[return-value]
+
+
+def test_storage_that_fails_is_no_damaged_part(tmp_path: Path) -> None:
+    parts = list_parts(write_output(tmp_path, parts=1), FOLDER)
+    with pytest.raises(StorageError, match="503"):
+        list(batches(Failing(str(tmp_path)), parts))

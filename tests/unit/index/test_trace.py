@@ -1,10 +1,11 @@
 from pathlib import Path
 
+import pyarrow.parquet as pq
 import pytest
 
 from pipelines.errors import IndexBuildError, LedgerError
-from pipelines.index.parts import list_parts
-from pipelines.index.trace import trace_parts
+from pipelines.index.parts import ReplacedError, list_parts
+from pipelines.index.trace import trace_parts, trace_standing
 from pipelines.storage import Store
 from tests.indexed import ENCODER, caption_of, everything, key_of, part_name, write_output
 
@@ -74,8 +75,19 @@ def test_an_output_that_changed_since(tmp_path: Path) -> None:
     (tmp_path / "samples" / part_name(0)).rename(tmp_path / "samples" / part_name(0, generation=12))
     assert trace_parts(store, parts, [0])[0].key == key_of(0, 0), "samples of another generation serve as well"
     (tmp_path / "samples" / part_name(0, generation=12)).unlink()
-    with pytest.raises(LedgerError, match="has no part for"):
+    with pytest.raises(ReplacedError, match="has no part for"):
         trace_parts(store, parts, [0])
     (tmp_path / "embeddings" / ENCODER / "image" / part_name(1)).unlink()
-    with pytest.raises(IndexBuildError, match="is gone"):
+    with pytest.raises(ReplacedError, match="is gone"):
         trace_parts(store, parts, [parts.rows - 1])
+    assert trace_standing(store, parts, [0, parts.rows - 1]) == {}
+
+
+def test_samples_that_lack_a_row_are_no_change_but_a_fault(tmp_path: Path) -> None:
+    store = write_output(tmp_path, parts=1)
+    parts = list_parts(store, f"embeddings/{ENCODER}/image")
+    samples = tmp_path / "samples" / part_name(0)
+    pq.write_table(pq.read_table(samples).slice(3), samples)
+    for find in trace_parts, trace_standing:
+        with pytest.raises(LedgerError, match="lacks row 2"):
+            find(store, parts, [2])

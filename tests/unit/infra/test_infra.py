@@ -42,6 +42,11 @@ def ray_jobs(path: Path) -> list[dict[str, Any]]:
     return [spec.get("jobTemplate", spec) for kind, spec in specs.items() if kind in ("RayJob", "RayCronJob")]
 
 
+def commands(text: str) -> list[tuple[str, str]]:
+    """Each verb that a script runs, with its first argument."""
+    return re.findall(r"vecmill (embed|index) ([^\s']+)", text)
+
+
 def locked(name: str, lock: Path = ROOT / "requirements.lock") -> str:
     found = re.search(rf"^{re.escape(name)}==(\S+)", lock.read_text(), re.MULTILINE)
     assert found, f"{name} is not in {lock.name}"
@@ -87,18 +92,15 @@ def test_clusters_run_the_locked_ray_with_an_idle_head(path: Path) -> None:
 
 @pytest.mark.parametrize("path", KUBERAY, ids=name_of)
 def test_jobs_run_the_recipe_that_is_mounted(path: Path) -> None:
-    """And index what that recipe writes."""
     recipe = load_config(ROOT / "jobs/recipes/laion.yaml")
-    maps = {doc["metadata"]["name"]: doc["data"] for doc in documents(path) if doc["kind"] == "ConfigMap"}
+    every = [document for file in KUBERAY for document in documents(file)]
+    maps = {document["metadata"]["name"]: document["data"] for document in every if document["kind"] == "ConfigMap"}
     for job in ray_jobs(path):
-        verbs = re.findall(r"vecmill (\w+) ([^\s']+)", job["entrypoint"])
-        for verb, argument in verbs:
-            assert argument == {"embed": "/etc/vecmill/recipe.yaml", "index": recipe.output}[verb]
-        if "embed" in dict(verbs):
-            pod = job["rayClusterSpec"]["headGroupSpec"]["template"]["spec"]
-            (mounted,) = (volume["configMap"]["name"] for volume in pod["volumes"] if "configMap" in volume)
-            assert {"name": "recipe", "mountPath": "/etc/vecmill"} in pod["containers"][0]["volumeMounts"]
-            assert validate(RunConfig, yaml.safe_load(maps[mounted]["recipe.yaml"])) == recipe
+        assert {argument for _, argument in commands(job["entrypoint"])} == {"/etc/vecmill/recipe.yaml"}
+        pod = job["rayClusterSpec"]["headGroupSpec"]["template"]["spec"]
+        (mounted,) = (volume["configMap"]["name"] for volume in pod["volumes"] if "configMap" in volume)
+        assert {"name": "recipe", "mountPath": "/etc/vecmill"} in pod["containers"][0]["volumeMounts"]
+        assert validate(RunConfig, yaml.safe_load(maps[mounted]["recipe.yaml"])) == recipe
 
 
 def test_ray_up_would_take_the_cluster() -> None:
@@ -111,6 +113,18 @@ def test_ray_up_would_take_the_cluster() -> None:
     assert config["available_node_types"][config["head_node_type"]]["resources"]["CPU"] == 0
     assert "--num-cpus=0" in config["head_start_ray_commands"][-1]
     assert all((ROOT / source).exists() for source in config["file_mounts"].values())
+
+
+def test_ray_up_runs_the_recipe_on_its_cluster() -> None:
+    """`ray exec` sets no RAY_ADDRESS, without which a Ray of the head's own would start."""
+    text = (INFRA / "ray/cluster.yaml").read_text()
+    verbs = commands(text.partition("ray exec")[2].partition("ray down")[0])
+    assert [verb for verb, _ in verbs] == ["embed", "index"]
+    assert text.count("--address auto") == len(verbs)
+    (mount,) = yaml.safe_load(text)["file_mounts"].items()
+    for _, argument in verbs:
+        mounted = Path("/home/vecmill", argument).relative_to(mount[0])
+        assert load_config(ROOT / mount[1] / mounted).encoder
 
 
 @pytest.mark.parametrize("path", DOCKERFILES, ids=name_of)
@@ -151,7 +165,7 @@ def test_the_slurm_script_is_sound() -> None:
 
 def test_the_slurm_script_runs_both_jobs_on_its_own_cluster() -> None:
     text = SBATCH.read_text()
-    for command in 'vecmill embed "$recipe" --address "$address"', 'vecmill index "$output" --address "$address"':
+    for command in 'vecmill embed "$recipe" --address "$address"', 'vecmill index "$recipe" --address "$address"':
         assert command in text
     assert text.index("RAY_AUTH_MODE=token") < text.index("ray start")
     options = [line for line in text.splitlines() if line.startswith("#SBATCH")]

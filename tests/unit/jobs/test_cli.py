@@ -4,20 +4,28 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
 import sys
 from collections.abc import Callable
+from contextlib import nullcontext
+from dataclasses import fields
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import pytest
 import typer
 import yaml
 
 from jobs.cli import app, main
+from jobs.search import place_of
+from pipelines.config import IndexConfig
 from pipelines.encoders import registry
-from pipelines.record import RunRecord, encoder_record, write_record
+from pipelines.record import RunRecord, encoder_record, read_record, write_record
+from pipelines.search import Hit
 from pipelines.storage import Store
 from tests.checkpoints import save_open_clip
+from tests.indexed import part_name
+from tests.unit.test_search import Opened, write_release
 
 VERBS = sorted(typer.main.get_command(app).commands)  # type: ignore[attr-defined]
 LEAST = {"input": "shards", "output": "out", "encoder": "open_clip:ViT-B-32"}
@@ -61,6 +69,17 @@ def output(tmp_path_factory: pytest.TempPathFactory) -> Path:
     record = RunRecord(encoders={"clip": encoder_record(spec, ("image", "text"), 64)}, settings=settings)
     write_record(Store(str(folder / "out")), record)
     return folder / "out"
+
+
+@pytest.fixture(scope="module")
+def embedded(output: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """An output of that encoder and its index, with vectors drawn at random."""
+    folder = tmp_path_factory.mktemp("embedded")
+    record = read_record(Store(str(output)))
+    write_release(folder, parts=2, shards=2, dim=record.encoders["clip"].spec["dim"], encoder="clip")
+    (folder / "run.json").unlink()
+    write_record(Store(str(folder)), record)
+    return folder
 
 
 def assert_refused(said: Said, *told: str) -> None:
@@ -167,15 +186,32 @@ def test_another_run_json_is_told(vecmill: Vecmill) -> None:
     [
         ([], "There is nothing to search for"),
         (["--text", "a", "--encoder", "other"], "has no encoder 'other' It has: clip."),
-        (["--text", "a", "--modality", "video"], "--modality video: image or text is expected"),
+        (["--text", "a", "--modality", "video"], "'video' is not one of"),
         (["--text", "a", "-k", "0"], "'-k'"),
         (["--queries", "none.jsonl"], "none.jsonl cannot be read"),
-        (["--queries", "bad.jsonl"], "bad.jsonl, line 2:"),
     ],
 )
 def test_a_mistaken_search_is_told(vecmill: Vecmill, output: Path, words: list[str], told: str) -> None:
-    Path("bad.jsonl").write_text('{"text": "a"}\n{"txt": "a"}\n')
     assert_refused(vecmill("search", str(output), *words), told)
+
+
+@pytest.mark.parametrize("line", ['{"txt": "a"}', '{"text": 5}', '{"text": "\\ud800"}', '["a"]', "null", "a", "{"])
+def test_a_mistaken_line_of_queries_is_told(vecmill: Vecmill, output: Path, line: str) -> None:
+    Path("bad.jsonl").write_text(f'{{"text": "a"}}\n\n{line}\n')
+    assert_refused(vecmill("search", str(output), "--queries", "bad.jsonl"), "bad.jsonl, line 3:", line)
+
+
+@pytest.mark.parametrize(
+    ("words", "told"),
+    [
+        (["--image", "foo://x"], "The query image foo://x cannot be read: Protocol not known: foo"),
+        (["--image", "none.jpg"], "The query image none.jpg cannot be read"),
+        (["--image", "."], "The query image . cannot be read"),
+        (["--text", "caf\udce9"], "is not Unicode text"),
+    ],
+)
+def test_a_query_that_cannot_be_read_is_told(vecmill: Vecmill, embedded: Path, words: list[str], told: str) -> None:
+    assert_refused(vecmill("search", str(embedded), "--exact", *words), told)
 
 
 def test_a_search_without_an_index_says_what_to_do(vecmill: Vecmill, output: Path) -> None:
@@ -187,7 +223,7 @@ def test_a_search_without_an_index_says_what_to_do(vecmill: Vecmill, output: Pat
     ("words", "told"),
     [
         (["--encoder", "other"], "has no encoder 'other' It has: clip."),
-        (["--modality", "video"], "--modality video: image or text is expected"),
+        (["--modality", "video"], "'video' is not one of"),
         (["--metric", "cosine"], "metric: 'cosine' is not allowed: Input should be 'ip' or 'l2'"),
         (["--shards", "0"], "shards: 0 is not allowed"),
         (["--set", "index.sedd=1"], "sedd: unknown key"),
@@ -195,6 +231,109 @@ def test_a_search_without_an_index_says_what_to_do(vecmill: Vecmill, output: Pat
 )
 def test_a_mistaken_index_is_told(vecmill: Vecmill, output: Path, words: list[str], told: str) -> None:
     assert_refused(vecmill("index", str(output), *words), told)
+
+
+@pytest.fixture
+def asked(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
+    """What the last `vecmill index` would have built, and on which cluster."""
+    found: dict[str, Any] = {}
+
+    def build(store: Store, encoder: str, modality: str, settings: IndexConfig, *_: Any) -> None:
+        found.update(encoder=encoder, modality=modality, **settings.model_dump())
+
+    monkeypatch.setattr("pipelines.index.build.build_index", build)
+    monkeypatch.setattr("jobs.index.connected", lambda address: nullcontext(found.update(address=address)))
+    monkeypatch.setattr("jobs.index.print_release", lambda *_: None)
+    return found
+
+
+@pytest.fixture
+def both(output: Path, tmp_path: Path) -> Path:
+    """An output of the encoders `clip` and `other`, whose embed run was told of an index too."""
+    record = read_record(Store(str(output)))
+    encoders = {"clip": record.encoders["clip"], "other": record.encoders["clip"]}
+    settings = {**record.settings, "index": {"shards": 9, "seed": 9}}
+    write_record(Store(str(tmp_path / "out")), RunRecord(encoders=encoders, settings=settings))
+    return tmp_path / "out"
+
+
+def test_an_index_is_built_as_its_recipe_says_and_flags_win(
+    vecmill: Vecmill, both: Path, asked: dict[str, Any]
+) -> None:
+    own = {"name": "clip", "index": {"shards": 3, "max_query_ms": 7}, "cluster": {"address": "head:1"}}
+    Path("recipe.yaml").write_text(yaml.safe_dump({**LEAST, **own}))
+    assert vecmill("index", "recipe.yaml").code == 0
+    told = {"encoder": "clip", "address": "head:1", "shards": 3, "max_query_ms": 7, "seed": 0}
+    assert told.items() <= asked.items()
+    flags = ["--encoder", "other", "--address", "a:2", "--modality", "text", "--shards", "4", "--set", "index.seed=5"]
+    assert vecmill("index", "recipe.yaml", *flags).code == 0
+    told = {"encoder": "other", "address": "a:2", "modality": "text", "shards": 4, "max_query_ms": 7, "seed": 5}
+    assert told.items() <= asked.items()
+
+
+def test_an_index_without_a_recipe_is_built_as_its_embed_run_was_told(
+    vecmill: Vecmill, both: Path, asked: dict[str, Any]
+) -> None:
+    assert vecmill("index", "out", "--encoder", "clip", "--seed", "2").code == 0
+    assert {"encoder": "clip", "address": None, "shards": 9, "max_query_ms": 10, "seed": 2}.items() <= asked.items()
+
+
+@pytest.mark.parametrize("words", [["index"], ["search", "--text", "a"]])
+def test_the_encoder_of_a_recipe_is_the_one_that_is_meant(vecmill: Vecmill, both: Path, words: list[str]) -> None:
+    Path("recipe.yaml").write_text(yaml.safe_dump({**LEAST, "name": "third"}))
+    assert_refused(vecmill(words[0], "recipe.yaml", *words[1:]), "has no encoder 'third' It has: clip, other.")
+    Path("recipe.yaml").write_text(yaml.safe_dump(LEAST))
+    assert_refused(vecmill(words[0], "recipe.yaml", *words[1:]), "has 2 encoders: name one with --encoder")
+
+
+# -- answers -------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("how", [["--exact"], []])
+def test_hits_are_told_with_their_place(vecmill: Vecmill, embedded: Path, how: list[str]) -> None:
+    said = vecmill("search", str(embedded), "--text", "a", "-k", "3", *how)
+    assert said.code == 0 and len(re.findall(r"photos-0000\d.tar bytes \d+-\d+", said.out)) == 3
+    hits = json.loads(vecmill("search", str(embedded), "--text", "a", "-k", "3", "--json", *how).out)["hits"]
+    told = {"id", "score", "key", "shard", "row", "caption_index", "caption", "captions", "uri", "offset", "length"}
+    assert len(hits) == 3 and all(told <= hit.keys() and "vector" not in hit for hit in hits)
+
+
+def test_a_search_holds_one_index_shard_at_a_time(
+    vecmill: Vecmill, embedded: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    opened = Opened(monkeypatch)
+    assert vecmill("search", str(embedded), "--text", "a").code == 0
+    assert (len(opened.alive), opened.most) == (2, 1)
+
+
+def test_what_is_left_out_is_one_line_beside_the_hits(vecmill: Vecmill, embedded: Path) -> None:
+    shutil.copytree(embedded, "less")
+    Path("less", "embeddings", "clip", "image", part_name(1)).unlink()
+    said = vecmill("search", "less", "--text", "a", "-k", "1000", "--json")
+    assert said.code == 0 and len(json.loads(said.out)["hits"]) == 188
+    assert len(said.err.splitlines()) == 1 and said.err.startswith("188 hits were left out")
+
+
+@pytest.mark.parametrize(
+    ("uri", "place"),
+    [("a.tar", "bytes 512-521"), ("s3://b/a.tar.gz", "unpacked bytes 512-521"), ("a.TGZ", "unpacked bytes 512-521")],
+)
+def test_bytes_of_a_gzipped_tar_are_those_unpacked(uri: str, place: str) -> None:
+    assert place_of(hit_in(uri, offset=512, length=10)) == f"{uri} {place}"
+
+
+def test_the_place_of_what_is_no_member_of_a_tar() -> None:
+    assert place_of(hit_in("a.parquet", row_group=2)) == "a.parquet row group 2"
+    assert place_of(hit_in("photos/a.jpg")) == "photos/a.jpg"
+
+
+def hit_in(uri: str, offset: int | None = None, length: int | None = None, row_group: int | None = None) -> Hit:
+    place = {"uri": uri, "offset": offset, "length": length, "row_group": row_group}
+    facts = {field.name: None for field in fields(Hit)} | place
+    return Hit(**facts)
+
+
+# -- recipes that ship ---------------------------------------------------------------------------
 
 
 def test_the_recipes_that_ship_are_good() -> None:

@@ -5,9 +5,10 @@ from pathlib import Path
 import pytest
 
 from pipelines.config import ReadConfig
-from pipelines.errors import ChangedInputError
+from pipelines.errors import AccessError, ChangedInputError
 from pipelines.sources import plan_shards, samples
 from pipelines.sources.identity import slice_count, slice_of
+from pipelines.storage import Store
 from tests.unit.sources.made import STORE, jpeg, plan, read, reasons
 
 
@@ -76,6 +77,16 @@ def test_a_slice_that_changed_since_the_plan_is_refused(folder: Path) -> None:
     (folder / "cat" / "05.jpg").unlink()
     with pytest.raises(ChangedInputError):
         list(samples(shard, ReadConfig(), STORE))
+
+
+def test_a_file_that_may_not_be_read_is_no_reject(folder: Path) -> None:
+    class Refusing(Store):
+        def read(self, path: str) -> bytes:
+            raise AccessError(f"Cannot read {path}")
+
+    (shard,) = plan(folder)
+    with pytest.raises(AccessError):
+        list(samples(shard, ReadConfig(), Refusing()))
 
 
 def test_a_pattern_of_images_is_a_folder_of_them(folder: Path) -> None:

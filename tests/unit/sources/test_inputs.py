@@ -1,14 +1,18 @@
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
 
+from pipelines.contracts import Entry
 from pipelines.errors import InputError
 from pipelines.sources import KNOWN_IMAGE_SUFFIXES
 from pipelines.sources.fetch import resolve
+from pipelines.sources.inputs import find
 from pipelines.sources.kinds import kind_of, slug, stem
 from pipelines.sources.text import Fault
+from pipelines.storage import Store
 from tests.unit.sources.made import jpeg, plan, put, read, tar_of
 from tests.unit.sources.test_parquet import file_of
 
@@ -56,12 +60,45 @@ def test_ids_are_sorted_unique_and_safe(folder: str) -> None:
         ("nothing/*.tar", "matches nothing"),
         ("nothing/{000..100}.tar", "do not exist"),
         ("{000..100.tar", "brace is not closed"),
+        ("nothing.txt", r"list file .*/nothing\.txt does not exist"),
     ],
 )
 def test_what_is_not_there_is_refused(folder: str, name: str, message: str) -> None:
     with pytest.raises(InputError, match=message) as error:
         plan(f"{folder}/{name}")
     assert error.value.fix
+
+
+def test_a_list_that_names_a_missing_list_is_refused_with_both(folder: str) -> None:
+    put("list.txt", b"00000.tar\nother.txt\n", folder.split("/")[3])
+    with pytest.raises(InputError, match=r"/other\.txt, which .*/list\.txt names, does not exist"):
+        plan(f"{folder}/list.txt")
+
+
+def test_lists_that_name_each_other_are_refused(folder: str) -> None:
+    for name, text in (("a.txt", b"00000.tar\nb.txt"), ("b.txt", b"c.txt"), ("c.txt", b"00001.tar\na.txt")):
+        put(name, text, folder.split("/")[3])
+    with pytest.raises(InputError, match=r"/a\.txt → .*/b\.txt → .*/c\.txt → .*/a\.txt") as error:
+        plan(f"{folder}/a.txt")
+    assert error.value.fix
+
+
+def test_a_list_may_name_itself_and_a_list_twice(folder: str) -> None:
+    put("a.txt", b"a.txt\nb.txt\nb.txt\nc.txt", folder.split("/")[3])
+    put("b.txt", b"00000.tar", folder.split("/")[3])
+    put("c.txt", b"b.txt\n00001.tar", folder.split("/")[3])
+    assert uris(f"{folder}/a.txt") == ["00000.tar", "00001.tar"]
+
+
+def test_a_long_list_takes_no_time_of_its_square() -> None:
+    class Everything(Store):
+        def stat_many(self, uris: list[str]) -> list[Entry]:
+            return [Entry(uri, 1, "") for uri in uris]
+
+    names = "\n".join(f"s3://bucket/{number:06d}.tar" for number in range(60_000))
+    started = time.process_time()
+    assert len(find([put("list.txt", names.encode())], "auto", Everything()).tars) == 60_000
+    assert time.process_time() - started < 10
 
 
 def test_protocols_that_are_unknown_are_refused() -> None:

@@ -1,6 +1,7 @@
 import gzip
 import json
 import os
+import random
 from pathlib import Path
 from typing import Any
 
@@ -42,11 +43,31 @@ def test_path_captions_and_anything(name: str) -> None:
     assert (second.captions, reasons(second)) == (["two"], ["not_found"])
 
 
-def test_rows_of_one_image_that_follow_each_other_are_one_sample() -> None:
+def test_rows_of_one_image_are_one_sample_wherever_they_are() -> None:
     records = [{"image": "images/x.jpg", "caption": c, "n": n} for c, n in (("a", 1), ("b", 1), ("c", 2))]
-    first, again = read(with_image("a.jsonl", written("a.jsonl", [*records, {"caption": "other"}, records[0]])))[::2]
+    others: list[dict[str, Any]] = [{"caption": "other"}, {"image": "gone.jpg", "caption": "d"}]
+    shuffled = [others[0], *records[:2], others[1], records[2]]
+    other, first, gone = read(with_image("a.jsonl", written("a.jsonl", shuffled)))
     assert (first.captions, first.metadata) == (["a", "b", "c"], {"n": 1, "_rows": [{}, {"n": 2}]})
-    assert reasons(again) == ["duplicate_key", "duplicate_key"]
+    assert (first.image, reasons(first)) == (IMAGE, [])
+    assert (other.captions, gone.captions) == (["other"], ["d"])
+
+
+def test_no_caption_of_shuffled_annotations_is_lost() -> None:
+    annotations = [(f"{i}.jpg", f"caption {i} {j}") for i in range(40) for j in range(5)]
+    random.Random(0).shuffle(annotations)
+    uri = put("a.jsonl", written("a.jsonl", [{"image": image, "caption": c} for image, c in annotations]))
+    found = read(uri, samples_per_slice=40)
+    assert len({sample.key for sample in found}) == len(found) == 40
+    assert sorted((s.key, c) for s in found for c in s.captions) == sorted(annotations)
+    assert {reason for sample in found for reason in reasons(sample)} == {"not_found"}
+
+
+def test_a_key_of_two_images_is_a_duplicate() -> None:
+    records = [{"key": "k", "image": name, "caption": name} for name in ("images/x.jpg", "gone.jpg", "images/x.jpg")]
+    first, second = read(with_image("a.jsonl", written("a.jsonl", records)))
+    assert (first.captions, reasons(first)) == (["images/x.jpg"] * 2, [])
+    assert reasons(second) == ["not_found", "duplicate_key"]
 
 
 def test_bad_lines_are_rows_of_their_own() -> None:
@@ -54,8 +75,9 @@ def test_bad_lines_are_rows_of_their_own() -> None:
     deep = b'{"key": "c", "caption": "y", "z": ' + b"[" * 90 + b"]" * 90 + b"}"
     found = read(put("a.jsonl", b"\n".join([*lines, deep, b'{"key": "d", "text": "z"}'])))
     assert [reasons(sample) for sample in found] == [
-        [], ["bad_manifest_line"], ["bad_manifest_line"], ["not_utf8"], ["bad_manifest_line"], [],
+        [], ["bad_manifest_line"], ["bad_manifest_line"], ["not_utf8"], [], [],
     ]  # fmt: skip
+    assert (found[4].captions, found[4].metadata) == (["y"], {"_error": ["z: nested too deeply"], "_skipped": ["z"]})
     assert found[-1].captions == ["z"]
     assert "row 2" in found[1].rejects[0].detail
 
@@ -182,7 +204,7 @@ def test_whatever_json_says_every_row_is_there(records: list[Any], per_slice: in
 
 @settings(max_examples=60, deadline=None, suppress_health_check=list(HealthCheck))
 @given(records([*FIELDS, "image"]), st.integers(1, 4))
-def test_rows_of_one_image_after_another_are_one_sample(records: list[Any], per_slice: int) -> None:
+def test_rows_of_one_image_are_at_most_one_sample_each(records: list[Any], per_slice: int) -> None:
     assert 1 <= len(read_records(records, per_slice)) <= len(records) + 1
 
 

@@ -1,6 +1,8 @@
+import base64
 import datetime
 import io
 import json
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -10,8 +12,8 @@ import pytest
 
 from pipelines.config import ReadConfig
 from pipelines.contracts import Sample
-from pipelines.errors import InputError, StorageError
-from pipelines.sources import parquet, samples
+from pipelines.errors import AccessError, ChangedInputError, InputError, StorageError
+from pipelines.sources import parquet, plan_shards, samples
 from pipelines.storage import Store
 from tests.unit.sources.made import STORE, check, jpeg, plan, put, read, reasons
 
@@ -46,7 +48,8 @@ def test_image_bytes_captions_key_and_all_other_columns() -> None:
     assert [sample.captions for sample in (first, second, third)] == [["one"], [], ["three"]]
     assert [sample.key for sample in (first, second, third)] == ["a", "b", "2"]
     assert first.metadata == {
-        "label": 4, "when": "2024-01-02 00:00:00", "score": 0.5, "tags": ["x", "y"], "_skipped": ["blob"],
+        "label": 4, "when": "2024-01-02 00:00:00", "score": 0.5, "tags": ["x", "y"],
+        "blob": "/w==", "_base64": ["blob"],
     }  # fmt: skip
     assert (first.label, first.row_group, first.offset, second.metadata["score"]) == ("4", 0, None, None)
     assert not third.has_image
@@ -111,6 +114,36 @@ def test_odd_values_are_rejects_not_exceptions() -> None:
     assert (second.captions, reasons(second)) == (["fine"], ["not_an_image"])
     (large,) = read_parquet({"image": [b"x" * 2000], "caption": ["c" * 2000]}, max_image_bytes=99, max_caption_bytes=99)
     assert reasons(large) == ["caption_too_large", "image_too_large"]
+
+
+def test_columns_of_bytes_are_kept_as_text_or_base64_and_large_ones_are_told() -> None:
+    noise = bytes(range(256))
+    table = {
+        "caption": ["a", "b"],
+        "label": [b"cat", "Käfer".encode()],
+        "text": [b"t" * 10_000, None],
+        "hash": pa.array([noise[200:216], noise[150:166]], pa.binary(16)),
+        "blob": [noise * 16, noise * 16 + b"."],
+        "mask": [noise * 300, noise * 301],
+        "two": pa.array([{"bytes": noise * 20, "path": "x"}, {"bytes": b"\xff", "path": "y"}]),
+    }
+    first, second = (sample.metadata for sample in read_parquet(table))
+    assert (first["label"], second["label"], first["text"]) == ("cat", "Käfer", "t" * 10_000)
+    assert [base64.b64decode(row["hash"]) for row in (first, second)] == [noise[200:216], noise[150:166]]
+    assert base64.b64decode(first["blob"]) == noise * 16
+    assert (first["two"], second["two"]) == ({"bytes": None, "path": "x"}, {"bytes": "/w==", "path": "y"})
+    assert "mask" not in first
+    assert (sorted(first["_base64"]), sorted(first["_skipped"])) == (["blob", "hash"], ["mask", "two"])
+    assert (sorted(second["_base64"]), sorted(second["_skipped"])) == (["hash", "two"], ["blob", "mask"])
+
+
+def test_a_field_that_is_nested_too_deeply_is_left_out_with_a_reason() -> None:
+    deep: Any = "x"
+    for _ in range(80):
+        deep = [deep]
+    (sample,) = read_parquet(pa.table({"caption": ["c"], "deep": pa.array([deep]), "n": [1]}))
+    assert sample.captions == ["c"]
+    assert sample.metadata == {"n": 1, "_error": ["deep: nested too deeply"], "_skipped": ["deep"]}
 
 
 def test_columns_can_be_named_and_unknown_ones_are_refused() -> None:
@@ -179,24 +212,51 @@ def test_rows_of_a_damaged_row_group_are_rejects_one_each() -> None:
     assert [sample.key for sample in found] == [str(i) for i in range(60)]
 
 
+@dataclass(frozen=True)
 class FailingStore(Store):
-    """A store that reads the footer and fails on everything before it."""
+    """A store that fails on the first bytes of an object: rows, not the footer."""
+
+    error: Exception = field(default_factory=lambda: StorageError("the network is gone"))
+    first_bytes: int = 200
 
     def open(self, path: str) -> io.BufferedReader:
+        error, first_bytes = self.error, self.first_bytes
+
         class Failing(io.BytesIO):
             def read(self, size: int | None = -1) -> bytes:
-                if self.tell() < 200:
-                    raise StorageError("the network is gone")
+                if self.tell() < first_bytes:
+                    raise error
                 return super().read(size)
 
         return Failing(super().open(path).read())  # type: ignore[return-value]
 
 
-def test_a_failing_network_is_no_corrupt_row_group() -> None:
+FAILURES = [StorageError("the network is gone"), AccessError("403"), FileNotFoundError("gone")]
+
+
+@pytest.mark.parametrize("error", FAILURES, ids=repr)
+@pytest.mark.parametrize("first_bytes", [200, 10**9], ids=["rows", "footer"])
+def test_a_failing_store_is_no_torn_file(error: Exception, first_bytes: int) -> None:
     (shard,) = plan(put("a.parquet", file_of({"image": IMAGES})))
-    with pytest.raises(StorageError):
-        for sample in samples(shard, ReadConfig(), FailingStore()):
+    store = FailingStore(error=error, first_bytes=first_bytes)
+    expected = ChangedInputError if isinstance(error, FileNotFoundError) else type(error)
+    with pytest.raises(expected):
+        for sample in samples(shard, ReadConfig(), store):
             check(sample)
+
+
+@pytest.mark.parametrize("error", FAILURES, ids=repr)
+@pytest.mark.parametrize("footer_of", ["first", "large"])
+def test_a_footer_that_cannot_be_read_is_no_plan(
+    error: Exception, footer_of: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    uri = put("a.parquet", file_of({"image": IMAGES}))
+    if footer_of == "large":
+        monkeypatch.setattr(parquet, "CUT_ABOVE_BYTES", 0)
+        monkeypatch.setattr(parquet, "_require_columns", lambda *_: None)
+    expected = StorageError if type(error) is StorageError else InputError
+    with pytest.raises(expected):
+        plan_shards([uri], "auto", ReadConfig(), FailingStore(error=error, first_bytes=10**9), {})
 
 
 def test_pieces_are_read_apart(monkeypatch: pytest.MonkeyPatch) -> None:

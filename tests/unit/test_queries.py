@@ -1,0 +1,73 @@
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from pipelines.encoders import registry
+from pipelines.encoders.base import EncoderSpec
+from pipelines.errors import ConfigError, InputError, PreflightError
+from pipelines.queries import Query, embed_queries, query_spec
+from pipelines.record import RunRecord, encoder_record, read_record, write_record
+from pipelines.storage import Store
+from tests.checkpoints import save_open_clip
+
+
+def spec(*modalities: str) -> EncoderSpec:
+    return EncoderSpec("hf:tiny", "hf", "tiny", 16, modalities, None, 8, "0")  # type: ignore[arg-type]
+
+
+def test_queries_that_no_tower_can_take() -> None:
+    with pytest.raises(ConfigError, match="embeds image, not text"):
+        embed_queries(spec("image"), [Query(text="a dog")])
+    for queries in ([], [Query()], [Query(text="a"), Query()]):
+        with pytest.raises(ConfigError, match="neither text nor image"):
+            embed_queries(spec("image", "text"), queries)
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory: pytest.TempPathFactory) -> tuple[Store, EncoderSpec]:
+    """An output's record of a real checkpoint, with its spec."""
+    root = tmp_path_factory.mktemp("made")
+    save_open_clip(root / "clip")
+    spec = replace(registry.describe(f"open_clip:local-dir:{root / 'clip'}"), dtype="float32")
+    store = Store(str(root / "out"))
+    write_record(store, RunRecord(encoders={"clip": encoder_record(spec, spec.modalities, 8)}))
+    return store, spec
+
+
+def test_queries_are_embedded_by_the_runs_own_encoder(made: tuple[Store, EncoderSpec], tmp_path: Path) -> None:
+    store, _ = made
+    photo = str(tmp_path / "photo.png")
+    Image.fromarray(np.random.default_rng(0).integers(0, 255, (70, 90, 3), np.uint8)).save(photo)
+    asked = [Query("a dog"), Query(image=photo), Query("a dog", photo)]
+    text, image, both = embed_queries(query_spec(store, "clip"), asked, text_weight=0.25)
+    np.testing.assert_allclose([np.linalg.norm(vector) for vector in (text, image, both)], 1, atol=1e-5)
+    mixed = 0.25 * text + 0.75 * image
+    np.testing.assert_allclose(both, mixed / np.linalg.norm(mixed), atol=1e-5)
+    assert abs(text @ image) < 0.99, "the towers tell them apart"
+
+
+@pytest.mark.parametrize(
+    ("query", "told"),
+    [
+        (Query(image="absent.png"), "absent.png cannot be read"),
+        (Query(image=str(Path(__file__).parent)), "cannot be read"),
+        (Query(image="foo://x.png"), "foo://x.png cannot be read"),
+        (Query(image=__file__), "unidentified_image"),
+        (Query("a caf\udce9"), "is not Unicode"),
+    ],
+)
+def test_a_query_that_cannot_be_read_is_told(made: tuple[Store, EncoderSpec], query: Query, told: str) -> None:
+    with pytest.raises(InputError, match=told):
+        embed_queries(made[1], [Query("a dog"), query])
+
+
+def test_an_encoder_that_changed_is_refused(made: tuple[Store, EncoderSpec]) -> None:
+    store, spec = made
+    record = read_record(store)
+    other = encoder_record(replace(spec, weights="f" * 64), spec.modalities, 8)
+    write_record(store, record.model_copy(update={"encoders": {**record.encoders, "other": other}}))
+    with pytest.raises(PreflightError, match="weights: 'ffff"):
+        query_spec(store, "other")
