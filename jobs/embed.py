@@ -110,27 +110,23 @@ def show_plan(run: Prepared, cluster: Cluster) -> None:
         "modalities": ", ".join(run.modalities),
         "fingerprint": run.spec.fingerprint[:16],
         "output": f"{config.output}/embeddings/{run.folder}",
-        "encode": f"{encode.actors} actors of {encode.gpus_per_actor:g} GPUs and {encode.cpus_per_actor:g} CPUs, "
+        "actors": f"{encode.actors} of {encode.gpus_per_actor:g} GPUs and {encode.cpus_per_actor:g} CPUs, "
         f"batches of {encode.batch_size}",
-        "settings": " ".join(f"{key}={value}" for key, value in chosen(config.model_dump(mode="json")).items()),
         "resources": f"{needed_cpus:g} CPUs and {int(encode.actors) * float(encode.gpus_per_actor):g} GPUs needed, "
         f"the cluster has {cluster.cpus:g} and {cluster.gpus:g}",
     }
+    facts |= section_lines(config)
     hidden = [name for name in ("changed", "vanished") if facts[name].startswith("0 ")]
     print_plan({name: fact for name, fact in facts.items() if name not in hidden})
     out.print("Nothing was changed. Run `vecmill embed` with the same arguments to start.")
 
 
-def chosen(settings: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    """All settings under dotted names, as --set takes them, less what the plan tells anyway and secrets."""
-    told = {"input", "output", "encoder", "name", "modalities", "storage", "index"}
-    found: dict[str, Any] = {}
-    for key, value in settings.items():
-        if isinstance(value, dict) and key not in told:
-            found |= chosen(value, f"{prefix}{key}.")
-        elif key not in told:
-            found[f"{prefix}{key}"] = value
-    return found
+def section_lines(config: RunConfig) -> dict[str, str]:
+    """The resolved settings as --set takes them, a line a section; those that are unset are left out."""
+    sections = config.model_dump(
+        mode="json", include={"read", "decode", "encode", "write", "cluster"}, exclude_none=True
+    )
+    return {name: " ".join(f"{key}={value}" for key, value in values.items()) for name, values in sections.items()}
 
 
 def run_embed(run: Prepared, prune: bool = False) -> None:

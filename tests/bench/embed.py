@@ -91,7 +91,7 @@ def bare_rate(spec: EncoderSpec, batches: int = 6) -> float:
 
 
 class Steady:
-    """The encode stage's rate from its first batch done to its last, start-up left out."""
+    """The encode stage's rate once it runs: the slope of its rows over time, since calls end in bursts."""
 
     def __init__(self) -> None:
         self.seen: list[tuple[float, float]] = []
@@ -103,8 +103,8 @@ class Steady:
 
     @property
     def rate(self) -> float:
-        (start, first), (stop, last) = self.seen[0], self.seen[-1]
-        return (last - first) / (stop - start)
+        seconds, rows = np.array(self.seen).T
+        return float(np.polyfit(seconds, rows, 1)[0])
 
 
 def pipeline_rate(folder: Path, checkpoint: Path, precision: str, threads: int) -> tuple[float, dict[str, Any]]:
