@@ -61,7 +61,7 @@ class DecodeConfig(Section):
     alpha: Literal["reference", "white", "drop"] = Field(
         "reference", description="transparency: as the encoder's own library, on white, or dropped"
     )
-    rows_per_task: int = Field(128, ge=1, description="samples one decode task takes at least")
+    rows_per_block: int = Field(128, ge=1, description="samples decoded into one block")
 
 
 class EncodeConfig(Section):

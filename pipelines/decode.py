@@ -53,9 +53,14 @@ class Decode:
     ) -> None:
         self.spec, self.settings, self.modalities, self.observe = spec, settings, tuple(modalities), observe
 
-    def __call__(self, batch: pa.Table) -> pa.Table:
+    def __call__(self, block: pa.Table) -> Iterator[pa.Table]:
+        """A block of large images or of many small ones: a few rows' pixels at a time."""
         if "text" in self.modalities:
-            _tokenizer(self.spec)  # once a process, and seconds of import: no part of the stage's rate
+            _tokenizer(self.spec)  # once a process, and no part of the stage's rate
+        for start in range(0, block.num_rows, self.settings.rows_per_block):
+            yield self._decoded(block.slice(start, self.settings.rows_per_block))
+
+    def _decoded(self, batch: pa.Table) -> pa.Table:
         clock = Clock()
         with clock.running():
             decoded = decode_batch(batch, self.spec, self.settings, self.modalities)
@@ -64,7 +69,7 @@ class Decode:
         return decoded
 
 
-def decode_batch(batch: pa.Table, spec: EncoderSpec, settings: DecodeConfig, modalities: tuple[str, ...]) -> pa.Table:
+def decode_batch(batch: pa.Table, spec: EncoderSpec, settings: DecodeConfig, modalities: Sequence[str]) -> pa.Table:
     """Rows of schema SAMPLE to rows of schema PIXELS, one for one and in order; end marks pass.
 
     Pixels and tokens of a modality that is not asked for are null, and its rejects are dropped. Width

@@ -42,7 +42,7 @@ def pipeline(run: Prepared, observe: Observe) -> Any:
         .map_batches(
             decode,
             batch_format="pyarrow",
-            batch_size=config.decode.rows_per_task,
+            batch_size=None,
             memory=config.cluster.memory_per_decode_task_mib * 2**20,
         )
         .map_batches(

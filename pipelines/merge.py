@@ -62,13 +62,14 @@ def merge(
             if f"rejects/{family.name}" in tables:
                 reasons.update(tables[f"rejects/{family.name}"]["reason"].to_pylist())
         placed = parts.put(store, ref, f"{staging}/{attempt}")
-    _require_balance(ref, counts)
+    number_of_rows = shard_rows(fragments) or 0
+    _require_balance(ref, counts, number_of_rows)
     return Commit(
         **ref._asdict(),
         uri=uri,
         fingerprint=family.fingerprint,
         attempt=attempt,
-        rows=shard_rows(fragments) or 0,
+        rows=number_of_rows,
         parts=placed,
         counts=dict(counts),
         reasons=dict(reasons),
@@ -81,8 +82,14 @@ def _outcome(family: Family, modality: str, tables: dict[str, pa.Table]) -> Coun
     return Counts(embedded=tables[f"embeddings/{family.name}/{modality}"].num_rows, rejected=rejected)
 
 
-def _require_balance(ref: CommitRef, counts: dict[str, Counts]) -> None:
+def _require_balance(ref: CommitRef, counts: dict[str, Counts], rows: int) -> None:
+    """Each item has one outcome, and each row an image, readable or not, or none."""
     for modality, count in counts.items():
+        if modality == "image" and count.items + count.absent != rows:
+            raise LedgerError(
+                f"Shard {ref.shard}: of {rows} rows {count.items} have an image and {count.absent} have none",
+                "This is a fault of vecmill: nothing was committed for the shard. Please report it.",
+            )
         if count.items != count.embedded + count.rejected + count.removed:
             raise LedgerError(
                 f"Shard {ref.shard}: {count.items} {modality} items came in, but {count.embedded} were embedded, "

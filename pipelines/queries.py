@@ -13,7 +13,7 @@ from pydantic import ConfigDict
 
 from pipelines.config import DecodeConfig, EncodeConfig
 from pipelines.contracts import MODALITIES, SAMPLE, Modality
-from pipelines.decode import Decode
+from pipelines.decode import decode_batch
 from pipelines.encode import Encode
 from pipelines.encoders import registry
 from pipelines.encoders.base import EncoderSpec
@@ -67,9 +67,8 @@ def embed_queries(
     settings = EncodeConfig(
         precision=spec.precision, batch_size=min(batch_size, len(queries)), threads=cpu_count() or 1
     )
-    pixels = Decode(spec, DecodeConfig(max_aspect=spec.max_aspect), modalities)(
-        _as_samples(queries, Store(options=spec.options))
-    )
+    samples = _as_samples(queries, Store(options=spec.options))
+    pixels = decode_batch(samples, spec, DecodeConfig(max_aspect=spec.max_aspect), modalities)
     encoded = Encode(spec, settings, modalities, device)(pixels).to_pylist()
     return np.stack([_mixed(query, row, text_weight) for query, row in zip(queries, encoded, strict=True)])
 

@@ -19,77 +19,19 @@ from dataclasses import dataclass, field
 from datetime import datetime
 from functools import partial
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import fsspec
 from fsspec.implementations.local import LocalFileSystem
 from fsspec.utils import get_protocol
-from tenacity import Retrying, retry_if_exception, stop_after_attempt, wait_random_exponential
 
 from pipelines.contracts import Entry
-from pipelines.errors import AccessError, InputError, StorageError
+from pipelines.errors import InputError
+from pipelines.retry import retrying
+from pipelines.stream import resuming
 
-T = TypeVar("T")
-
-READ_BLOCK_BYTES = 8 * 2**20
-# With the waits below, about half a minute in all, on top of what the clients themselves try.
-ATTEMPTS = 8
 LIST_THREADS = 32
-
-# An answer, not a fault: asking again gives the same.
-_FINAL = (FileNotFoundError, FileExistsError, PermissionError, IsADirectoryError, NotADirectoryError)
-_FINAL_ERRNO = {errno.ENOSPC, errno.EROFS, errno.EINVAL, errno.EACCES, errno.ENAMETOOLONG}
-_PASSING_STATUS = {408, 425, 429}
-_CLIENTS = {"aiohttp", "botocore", "aiobotocore", "urllib3"}
-
-
-def _is_of_storage(error: BaseException) -> bool:
-    return isinstance(error, OSError) or type(error).__module__.split(".")[0] in _CLIENTS
-
-
-def _fault(error: BaseException) -> BaseException:
-    """fsspec tells whatever goes wrong while it looks up a web page as a file that is not there."""
-    cause = error.__cause__
-    hidden = isinstance(error, FileNotFoundError) and type(cause).__module__.startswith("aiohttp")
-    return cause if hidden and cause else error
-
-
-def _is_transient(error: BaseException) -> bool:
-    error = _fault(error)
-    if isinstance(error, _FINAL) or (isinstance(error, OSError) and error.errno in _FINAL_ERRNO):
-        return False
-    status = getattr(error, "status", None)
-    refused = isinstance(status, int) and 400 <= status < 500 and status not in _PASSING_STATUS
-    return _is_of_storage(error) and not refused
-
-
-def _retrying(call: Callable[[], T], what: str) -> T:
-    """call(), again with backoff and jitter while the fault is one that passes.
-
-    Raises: StorageError naming `what` when it does not pass, AccessError (a PermissionError too) where
-    storage refuses; other final answers (FileNotFoundError, …) as they are.
-    """
-    attempts = Retrying(
-        retry=retry_if_exception(_is_transient),
-        stop=stop_after_attempt(ATTEMPTS),
-        wait=wait_random_exponential(multiplier=0.3, max=20),
-        reraise=True,
-    )
-    try:
-        return attempts(call)
-    except PermissionError as error:
-        raise AccessError(
-            f"{what}: access was refused: {error}", "Check the credentials and what they allow."
-        ) from error
-    except Exception as error:
-        is_answer = isinstance(error, _FINAL) and not _is_transient(error)
-        if is_answer or not _is_of_storage(error):
-            raise
-        fault = _fault(error)
-        raise StorageError(
-            f"{what}: {type(fault).__name__}: {fault}",
-            "Check that the storage is reachable and has room, then run the same command again.",
-        ) from error
+LOCAL_ATTEMPTS = 8
 
 
 def protocol_of(uri: str) -> str:
@@ -141,7 +83,7 @@ class Store:
     def read(self, path: str) -> bytes:
         """The whole object. Raises FileNotFoundError."""
         fs, bare = self._fs(path)
-        return bytes(_retrying(lambda: fs.cat_file(bare), f"Cannot read {self.uri(path)}"))
+        return bytes(retrying(lambda: fs.cat_file(bare), f"Cannot read {self.uri(path)}"))
 
     def read_many(self, paths: Iterable[str]) -> Iterator[bytes | None]:
         """Many small objects at once, in order; None for one that is not there."""
@@ -156,12 +98,13 @@ class Store:
 
     def open(self, path: str) -> io.BufferedReader:
         """A seekable stream that resumes where a broken connection left it."""
-        return io.BufferedReader(_ResumingStream(self, path), READ_BLOCK_BYTES)
+        fs, bare = self._fs(path)
+        return resuming(lambda block_bytes: fs.open(bare, "rb", block_size=block_bytes), self.uri(path))
 
     def stat(self, path: str) -> Entry:
         """Raises FileNotFoundError."""
         fs, bare = self._fs(path)
-        info = _retrying(lambda: fs.info(bare), f"Cannot look up {self.uri(path)}")
+        info = retrying(lambda: fs.info(bare), f"Cannot look up {self.uri(path)}")
         return Entry(self.uri(path), int(info.get("size") or 0), _etag(info))
 
     def exists(self, path: str) -> bool:
@@ -182,7 +125,7 @@ class Store:
             except (FileNotFoundError, NotADirectoryError):
                 return []
 
-        return _retrying(find, f"Cannot list {self.uri(path)}")
+        return retrying(find, f"Cannot list {self.uri(path)}")
 
     def entries(self, path: str) -> list[Entry]:
         """Every object below `path` with its size and etag, sorted by name."""
@@ -194,7 +137,7 @@ class Store:
             except (FileNotFoundError, NotADirectoryError):
                 return []
 
-        return _retrying(find, f"Cannot list {self.uri(path)}")
+        return retrying(find, f"Cannot list {self.uri(path)}")
 
     def glob(self, pattern: str) -> list[Entry]:
         """Objects that match a pattern of `*`, `?`, `[…]` and `**`, sorted by name."""
@@ -203,7 +146,7 @@ class Store:
         def find() -> list[Entry]:
             return _files(fs, fs.glob(bare, detail=True, **_whole_walk(fs)).values())
 
-        return _retrying(find, f"Cannot list {self.uri(pattern)}")
+        return retrying(find, f"Cannot list {self.uri(pattern)}")
 
     def _children(self, folder: str) -> list[Entry]:
         """Objects right in a folder. Its name is no pattern, whatever signs are in it."""
@@ -215,11 +158,11 @@ class Store:
             except (FileNotFoundError, NotADirectoryError):
                 return []
 
-        return _retrying(list_folder, f"Cannot list {self.uri(folder)}")
+        return retrying(list_folder, f"Cannot list {self.uri(folder)}")
 
     def is_folder(self, path: str) -> bool:
         fs, bare = self._fs(path)
-        return bool(_retrying(lambda: fs.isdir(bare), f"Cannot look up {self.uri(path)}"))
+        return bool(retrying(lambda: fs.isdir(bare), f"Cannot look up {self.uri(path)}"))
 
     def stat_many(self, uris: list[str]) -> list[Entry]:
         """Sizes and etags of many objects, by one listing for each folder where that is cheaper.
@@ -258,11 +201,11 @@ class Store:
         """Bytes or a local file under its final name, whole or not at all; replaces what was there."""
         fs, bare = self._fs(path)
         if is_local(self.uri(path)):
-            _retrying(lambda: _put_local(bare, data, os.replace), f"Cannot write {self.uri(path)}")
+            retrying(lambda: _put_local(bare, data, os.replace), f"Cannot write {self.uri(path)}")
         elif isinstance(data, bytes):
-            _retrying(lambda: fs.pipe_file(bare, data), f"Cannot write {self.uri(path)}")
+            retrying(lambda: fs.pipe_file(bare, data), f"Cannot write {self.uri(path)}")
         else:
-            _retrying(lambda: fs.put_file(str(data), bare), f"Cannot write {self.uri(path)}")
+            retrying(lambda: fs.put_file(str(data), bare), f"Cannot write {self.uri(path)}")
 
     def put_if_absent(self, path: str, data: bytes) -> bool:
         """True where this call created the object, False where one was there already.
@@ -286,7 +229,7 @@ class Store:
                 raise
             return True
 
-        return _retrying(put, f"Cannot write {self.uri(path)}")
+        return retrying(put, f"Cannot write {self.uri(path)}")
 
     def copy(self, source: str, target: str) -> None:
         """Raises FileNotFoundError where the source is gone."""
@@ -294,16 +237,16 @@ class Store:
         _, bare_target = self._fs(target)
         what = f"Cannot copy {self.uri(source)} to {self.uri(target)}"
         if is_local(self.uri(target)):
-            _retrying(lambda: _put_local(bare_target, Path(bare_source), os.replace), what)
+            retrying(lambda: _put_local(bare_target, Path(bare_source), os.replace), what)
         else:
-            _retrying(lambda: fs.cp_file(bare_source, bare_target), what)
+            retrying(lambda: fs.cp_file(bare_source, bare_target), what)
 
     def delete(self, paths: Iterable[str]) -> None:
         """Those that are already gone are no error."""
         for path in paths:
             fs, bare = self._fs(path)
             with suppress(FileNotFoundError):
-                _retrying(partial(fs.rm_file, bare), f"Cannot delete {self.uri(path)}")
+                retrying(partial(fs.rm_file, bare), f"Cannot delete {self.uri(path)}")
 
     def delete_folder(self, path: str) -> None:
         self.delete(f"{path}/{name}" for name in self.names(path))
@@ -354,7 +297,7 @@ def _etag(info: dict[str, Any]) -> str:
 
 def _put_local(target: str, data: bytes | Path, place: Callable[[str, str], None]) -> None:
     """Again where the folder went: another attempt may be clearing it. Raises FileNotFoundError if `data` is gone."""
-    for left in reversed(range(ATTEMPTS)):
+    for left in reversed(range(LOCAL_ATTEMPTS)):
         try:
             return _put_local_once(target, data, place)
         except FileNotFoundError:
@@ -377,78 +320,6 @@ def _put_local_once(target: str, data: bytes | Path, place: Callable[[str, str],
     finally:
         with suppress(FileNotFoundError):
             os.unlink(temporary)
-
-
-class _ResumingStream(io.RawIOBase):
-    """Reads an object; a fault that passes reopens it at the same position."""
-
-    def __init__(self, store: Store, path: str) -> None:
-        self._store, self._path = store, path
-        self._at, self._block_bytes = 0, READ_BLOCK_BYTES
-        self._file: Any = None
-        self._reopen()
-
-    def _reopen(self) -> None:
-        fs, bare = self._store._fs(self._path)
-
-        def open_here() -> Any:
-            file = fs.open(bare, "rb", block_size=self._block_bytes)
-            _go_to(file, self._at)
-            return file
-
-        self._file = _retrying(open_here, f"Cannot open {self._store.uri(self._path)}")
-
-    def readinto(self, buffer: Any) -> int:
-        def read() -> bytes:
-            try:
-                return bytes(self._file.read(len(buffer)))
-            except ValueError:
-                # A web server that knows no ranges, as shows only past the first block: streamed from here on.
-                self._block_bytes = 0
-                self._reopen()
-                return bytes(self._file.read(len(buffer)))
-            except Exception:
-                self._reopen()
-                raise
-
-        data = _retrying(read, f"Cannot read {self._store.uri(self._path)} at byte {self._at}")
-        buffer[: len(data)] = data
-        self._at += len(data)
-        return len(data)
-
-    def readable(self) -> bool:
-        return True
-
-    def seekable(self) -> bool:
-        return bool(self._file.seekable())
-
-    def seek(self, offset: int, whence: int = os.SEEK_SET) -> int:
-        try:
-            self._at = int(self._file.seek(offset, whence))
-        except ValueError as error:
-            what = f"Cannot seek in {self._store.uri(self._path)}: {error}"
-            raise StorageError(what, "Copy it to storage that answers range requests.") from error
-        return self._at
-
-    def tell(self) -> int:
-        return self._at
-
-    def close(self) -> None:
-        if not self.closed and self._file is not None:
-            self._file.close()
-        super().close()
-
-
-def _go_to(file: Any, position: int) -> None:
-    """Of a freshly opened file. A web server that knows no ranges is read up to the position again."""
-    try:
-        file.seek(position)
-    except ValueError:
-        while position:
-            skipped = len(file.read(min(position, READ_BLOCK_BYTES)))
-            if not skipped:
-                raise OSError(f"the object ends {position} bytes early") from None
-            position -= skipped
 
 
 def scratch_folder() -> tempfile.TemporaryDirectory[str]:

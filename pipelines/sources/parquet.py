@@ -25,7 +25,8 @@ from pipelines.sources.identity import object_version, shard_id
 from pipelines.sources.kinds import basename
 from pipelines.sources.members import MAX_FIELD_BYTES, rejected_row
 from pipelines.sources.text import Fault, printable
-from pipelines.storage import READ_BLOCK_BYTES, Store
+from pipelines.storage import Store
+from pipelines.stream import READ_BLOCK_BYTES
 
 FOOTER_THREADS = 16
 CUT_ABOVE_BYTES = 64 * 2**20

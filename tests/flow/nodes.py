@@ -11,7 +11,7 @@ import json
 import re
 import sys
 import tempfile
-import time
+import threading
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from pathlib import Path
@@ -50,18 +50,22 @@ def run(cluster: Any, recipe: dict[str, Any], kill: str | None) -> dict[str, Any
     kept: list[Any] = []
     build = pipelines.embed.pipeline
     pipelines.embed.pipeline = lambda *args: kept.append(build(*args)) or kept[-1]
+    ended = threading.Event()
     with ThreadPoolExecutor(1) as pool:
-        killer = pool.submit(kill_node, cluster, prepared.store, kill) if kill else None
-        report = pipelines.embed.embed(prepared)
+        killer = pool.submit(kill_node, cluster, prepared.store, kill, ended) if kill else None
+        try:
+            report = pipelines.embed.embed(prepared)
+        finally:
+            ended.set()
     pipelines.embed.pipeline = build
     done = killer.result() if killer else None
     return {"items": report["items"], "done": done, "nodes": nodes_used(kept[0]._write_ds.stats())}
 
 
-def kill_node(cluster: Any, store: Store, title: str) -> int:
+def kill_node(cluster: Any, store: Store, title: str, ended: threading.Event) -> int:
     """How many shards were done when the node was dead."""
-    while not commits(store):
-        time.sleep(0.02)
+    while not commits(store) and not ended.wait(0.02):
+        pass
     raylet = raylet_of(title)
     (node,) = (node for node in cluster.worker_nodes if node.all_processes["raylet"][0].process.pid == raylet)
     cluster.remove_node(node, allow_graceful=False)

@@ -19,7 +19,7 @@ from tests.flow.outputs import datasets, read_part
 SMALL: dict[str, Any] = {
     "name": "clip",
     "read": {"rows_per_block": 10},
-    "decode": {"rows_per_task": 10},
+    "decode": {"rows_per_block": 10},
     "encode": {"batch_size": 8, "threads": 1},
     "write": {"rows_per_task": 10, "reject_ceiling": 0.5},
 }

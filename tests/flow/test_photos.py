@@ -60,7 +60,7 @@ def job(s3: dict[str, Any], ray_local: str, tmp_path_factory: pytest.TempPathFac
     for tar in tars:
         fs.put_file(str(tar), f"photos/in/{tar.name}")
     checkpoint = save_open_clip(folder / "vit-b-32", **VIT_B_32)
-    fast = {"read": {}, "decode": {"rows_per_task": 64}, "encode": {"batch_size": 32, "threads": 2}, "write": {}}
+    fast = {"read": {}, "decode": {"rows_per_block": 64}, "encode": {"batch_size": 32, "threads": 2}, "write": {}}
     recipe = settings("s3://photos/in/*.tar", "s3://photos/out", checkpoint, storage=s3, **fast)
     path = write_recipe(folder / "recipe.yaml", recipe)
     said = vecmill("embed", path, "--address", ray_local)

@@ -60,7 +60,7 @@ class Runs:
             "name": "clip",
             "modalities": "image",
             "read": {"rows_per_block": 10},
-            "decode": {"rows_per_task": 10},
+            "decode": {"rows_per_block": 10},
             "encode": {"batch_size": 8, "threads": 1},
             "write": {"rows_per_task": 10, "reject_ceiling": 0.5},
             "storage": self.options,

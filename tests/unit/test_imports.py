@@ -10,7 +10,7 @@ import pytest
 ROOT = Path(__file__).parents[2]
 LAYERS = [
     {"errors", "contracts", "observe"},
-    {"config"},
+    {"config", "retry", "stream"},
     {"storage"},
     {"fragments", "ledger", "record"},
     {"sources", "encoders", "scenes", "families"},

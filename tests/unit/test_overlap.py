@@ -11,6 +11,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from pipelines.encoders.device import OnCpu, OnCuda
 from pipelines.errors import EncoderError
 from pipelines.overlap import FIRST_PATIENCE, BatchSize, overlapped
 
@@ -280,3 +281,7 @@ def test_calls_in_two_threads_share_one_size() -> None:
         thread.join()
     assert results == {at: [item * item for item in range(at, at + 100)] for at in (0, 1000)}
     assert size.out_of_memory == device.raised
+
+
+def test_only_a_gpu_needs_threads_to_overlap() -> None:
+    assert OnCuda.threaded and not OnCpu.threaded

@@ -79,7 +79,7 @@ def test_a_store_that_is_busy_is_asked_again(proxy: S3Proxy) -> None:
 def test_a_store_that_stays_busy_is_told_with_the_object_and_the_fix(
     proxy: S3Proxy, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("pipelines.storage.ATTEMPTS", 2)
+    monkeypatch.setattr("pipelines.retry.ATTEMPTS", 2)
     store = behind(proxy)
     proxy.trap = Refusals("PUT", "", web.HTTPServiceUnavailable, 1_000)
     with pytest.raises(StorageError, match=r"(?s)Cannot write s3://bucket/\w+/a: .*run the same command again"):
@@ -179,7 +179,7 @@ class Web:
 @pytest.fixture
 def store(monkeypatch: pytest.MonkeyPatch) -> Store:
     """Reads a tenth of DATA at a time, so that it breaks off in the middle."""
-    monkeypatch.setattr("pipelines.storage.READ_BLOCK_BYTES", len(DATA) // 10)
+    monkeypatch.setattr("pipelines.stream.READ_BLOCK_BYTES", len(DATA) // 10)
     return Store(options={"http": {"skip_instance_cache": True}})
 
 
@@ -208,7 +208,7 @@ def test_a_stream_of_a_web_server_without_ranges_does_not_seek(store: Store) -> 
 
 
 def test_a_stream_that_always_breaks_off_is_told(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("pipelines.storage.ATTEMPTS", 2)
+    monkeypatch.setattr("pipelines.retry.ATTEMPTS", 2)
     with (
         Web(cuts=1_000) as server,
         pytest.raises(StorageError, match=r"(?s)Cannot read http://.*at byte 0.*again"),
@@ -231,7 +231,7 @@ def test_an_object_on_s3_is_read_whole_although_answers_break_off(s3_options: di
 def test_a_web_server_that_refuses_is_asked_once_and_one_that_fails_again(
     store: Store, monkeypatch: pytest.MonkeyPatch, status: int, asked: int
 ) -> None:
-    monkeypatch.setattr("pipelines.storage.ATTEMPTS", 3)
+    monkeypatch.setattr("pipelines.retry.ATTEMPTS", 3)
     with Web(status=status) as server:
         with pytest.raises(StorageError, match=rf"(?s)Cannot read http://.*{status}"):
             store.read(server.url)
@@ -239,7 +239,7 @@ def test_a_web_server_that_refuses_is_asked_once_and_one_that_fails_again(
 
 
 def test_a_server_that_is_not_there_is_told(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("pipelines.storage.ATTEMPTS", 2)
+    monkeypatch.setattr("pipelines.retry.ATTEMPTS", 2)
     with Web() as server:
         url = server.url
     with pytest.raises(StorageError, match=r"(?s)Cannot look up http://.*Check that the storage is reachable"):

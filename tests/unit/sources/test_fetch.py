@@ -200,7 +200,7 @@ def test_headers_of_the_settings_are_sent() -> None:
 @pytest.fixture
 def proxy(s3_options: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> Iterator[S3Proxy]:
     monkeypatch.setattr(s3fs.S3FileSystem, "retries", 1)
-    monkeypatch.setattr("pipelines.storage.ATTEMPTS", 2)
+    monkeypatch.setattr("pipelines.retry.ATTEMPTS", 2)
     with S3Proxy(s3_options["endpoint_url"]) as proxy:
         yield proxy
 

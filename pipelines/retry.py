@@ -1,0 +1,71 @@
+"""Storage calls, again where the fault is one that passes."""
+
+from __future__ import annotations
+
+import errno
+from collections.abc import Callable
+from typing import TypeVar
+
+from tenacity import Retrying, retry_if_exception, stop_after_attempt, wait_random_exponential
+
+from pipelines.errors import AccessError, StorageError
+
+T = TypeVar("T")
+
+# With the waits below, about half a minute in all, on top of what the clients themselves try.
+ATTEMPTS = 8
+
+# An answer, not a fault: asking again gives the same.
+_FINAL = (FileNotFoundError, FileExistsError, PermissionError, IsADirectoryError, NotADirectoryError)
+_FINAL_ERRNO = {errno.ENOSPC, errno.EROFS, errno.EINVAL, errno.EACCES, errno.ENAMETOOLONG}
+_PASSING_STATUS = {408, 425, 429}
+_CLIENTS = {"aiohttp", "botocore", "aiobotocore", "urllib3"}
+
+
+def _is_of_storage(error: BaseException) -> bool:
+    return isinstance(error, OSError) or type(error).__module__.split(".")[0] in _CLIENTS
+
+
+def _fault(error: BaseException) -> BaseException:
+    """fsspec tells whatever goes wrong while it looks up a web page as a file that is not there."""
+    cause = error.__cause__
+    hidden = isinstance(error, FileNotFoundError) and type(cause).__module__.startswith("aiohttp")
+    return cause if hidden and cause else error
+
+
+def _is_transient(error: BaseException) -> bool:
+    error = _fault(error)
+    if isinstance(error, _FINAL) or (isinstance(error, OSError) and error.errno in _FINAL_ERRNO):
+        return False
+    status = getattr(error, "status", None)
+    refused = isinstance(status, int) and 400 <= status < 500 and status not in _PASSING_STATUS
+    return _is_of_storage(error) and not refused
+
+
+def retrying(call: Callable[[], T], what: str) -> T:
+    """call(), again with backoff and jitter while the fault is one that passes.
+
+    Raises: StorageError naming `what` when it does not pass, AccessError (a PermissionError too) where
+    storage refuses; other final answers (FileNotFoundError, …) as they are.
+    """
+    attempts = Retrying(
+        retry=retry_if_exception(_is_transient),
+        stop=stop_after_attempt(ATTEMPTS),
+        wait=wait_random_exponential(multiplier=0.3, max=20),
+        reraise=True,
+    )
+    try:
+        return attempts(call)
+    except PermissionError as error:
+        raise AccessError(
+            f"{what}: access was refused: {error}", "Check the credentials and what they allow."
+        ) from error
+    except Exception as error:
+        is_answer = isinstance(error, _FINAL) and not _is_transient(error)
+        if is_answer or not _is_of_storage(error):
+            raise
+        fault = _fault(error)
+        raise StorageError(
+            f"{what}: {type(fault).__name__}: {fault}",
+            "Check that the storage is reachable and has room, then run the same command again.",
+        ) from error
