@@ -38,12 +38,9 @@ def main() -> None:
     except Exception as error:
         with NamedTemporaryFile("w", prefix="vecmill-", suffix=".log", delete=False) as log:
             traceback.print_exc(file=log)
-        err.print(
-            f"vecmill: failed in a way it does not know: {type(error).__name__}: {str(error).splitlines()[:1]}\n"
-            f"  The whole story is in {log.name}; what is committed stays. Please report it.",
-            markup=False,
-            style="red",
-        )
+        told = f"{type(error).__name__}: {error}".splitlines()[0]
+        err.print(f"vecmill: failed unexpectedly: {told}", markup=False, style="red")
+        err.print(f"  What is committed stays. The traceback is in {log.name}: please report it.", markup=False)
         sys.exit(1)
     except KeyboardInterrupt:
         err.print("vecmill: stopped. What is committed stays; run the same command to go on.", style="red")

@@ -17,7 +17,6 @@ from pipelines.storage import Store
 FILE = "run.json"
 _LIBRARIES = ("vecmill", "ray", "torch", "transformers", "open_clip_torch", "timm", "pyarrow", "pillow", "numpy")
 _ROW_SETTINGS = (
-    "format",
     "read.image_column",
     "read.caption_column",
     "read.key_column",

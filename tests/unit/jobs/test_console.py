@@ -1,8 +1,10 @@
 import json
+import re
+from pathlib import Path
 
 import pytest
 
-from jobs import console
+from jobs import cli, console
 from jobs.console import RunProgress, err
 
 
@@ -31,3 +33,20 @@ def test_elsewhere_than_on_a_terminal_a_line_is_printed_every_30_s(
 def test_text_is_printed_as_it_is(capsys: pytest.CaptureFixture[str]) -> None:
     err.print("open_clip:x: [bold]", markup=False)
     assert capsys.readouterr().err == "open_clip:x: [bold]\n"
+
+
+def test_what_is_not_known_to_go_wrong_is_one_message_with_its_traceback_in_a_file(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def fail() -> None:
+        raise RuntimeError("first line\nsecond line")
+
+    monkeypatch.setattr(cli, "app", fail)
+    with pytest.raises(SystemExit) as ended:
+        cli.main()
+    assert ended.value.code == 1
+    told, where = capsys.readouterr().err.splitlines()
+    assert told == "vecmill: failed unexpectedly: RuntimeError: first line"
+    log = Path(re.search(r"\S+\.log", where)[0])  # type: ignore[index]
+    assert "second line" in log.read_text() and "Traceback" in log.read_text()
+    log.unlink()
