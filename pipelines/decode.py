@@ -7,7 +7,7 @@ import io
 import re
 import warnings
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, field
 from functools import lru_cache
 from typing import Any
@@ -73,7 +73,7 @@ def decode_batch(batch: pa.Table, spec: EncoderSpec, settings: DecodeConfig, mod
     """Rows of schema SAMPLE to rows of schema PIXELS, one for one and in order; end marks pass.
 
     Pixels and tokens of a modality that is not asked for are null, and its rejects are dropped. Width
-    and height (EXIF orientation applied) are null where no image was decoded.
+    and height (EXIF orientation applied) are null where the image has no readable header.
     """
     rejects = [
         [reject for reject in row or [] if reject["modality"] in modalities]
@@ -85,7 +85,7 @@ def decode_batch(batch: pa.Table, spec: EncoderSpec, settings: DecodeConfig, mod
     ):
         data = image.as_py()
         wanted = "image" in modalities and has_image.as_py() and not end.as_py() and not _refused_image(refused)
-        decoded = _decode(data or b"", spec, settings) if wanted else Decoded()
+        decoded = _decode(data or b"", spec, settings) if wanted else _measured(data, settings)
         if decoded.reject:
             refused.append(asdict(decoded.reject))
         columns.add(data, decoded)
@@ -142,6 +142,13 @@ def _decode(data: bytes, spec: EncoderSpec, settings: DecodeConfig) -> Decoded:
         raise
     except Exception as error:
         return Decoded(size=upright_size(image), reject=_reject("decode_failed", error))
+
+
+def _measured(data: bytes | None, settings: DecodeConfig) -> Decoded:
+    """The size by the header alone: samples tell it whether or not the run embeds images."""
+    with suppress(Exception), _pixel_limit(settings.max_pixels):
+        return Decoded(size=upright_size(Image.open(io.BytesIO(data or b""), formats=FORMATS)))
+    return Decoded()
 
 
 def open_image(data: bytes, max_pixels: int) -> Image.Image | Reject:

@@ -99,6 +99,11 @@ def test_rows_stay_in_order_and_apart(spec: EncoderSpec) -> None:
     assert [len(row["tokens"]) for row in rows] == [n % 4 for n in range(12)]
 
 
+def test_the_size_is_told_though_no_pixels_are_asked_for(spec: EncoderSpec) -> None:
+    (row,) = decoded(spec, sample(0, image=encoded(picture(80, 60), "JPEG")), modalities=("text",))
+    assert (row["width"], row["height"], row["pixels"]) == (80, 60, None)
+
+
 def test_a_modality_not_asked_for(spec: EncoderSpec) -> None:
     refused = [{"modality": m, "caption_index": None, "stage": "read", "reason": "x", "detail": ""} for m in BOTH]
     row = sample(0, image=b"broken", captions=["a dog"], rejects=refused)
