@@ -308,7 +308,7 @@ def _put_local(target: str, data: bytes | Path, place: Callable[[str, str], None
 def _put_local_once(target: str, data: bytes | Path, place: Callable[[str, str], None]) -> None:
     """Writes beside the target under a dotted name, which no reader takes for a part, then `place`s it."""
     folder, name = os.path.split(target)
-    os.makedirs(folder, exist_ok=True)
+    _make_folder(folder)
     temporary = os.path.join(folder, f".{name}.{uuid.uuid4().hex[:12]}.tmp")
     try:
         if isinstance(data, bytes):
@@ -320,6 +320,15 @@ def _put_local_once(target: str, data: bytes | Path, place: Callable[[str, str],
     finally:
         with suppress(FileNotFoundError):
             os.unlink(temporary)
+
+
+def _make_folder(folder: str) -> None:
+    """Raises: FileNotFoundError where it goes while it is made, NotADirectoryError where a file has its name."""
+    try:
+        os.makedirs(folder, exist_ok=True)
+    except FileExistsError:
+        kind = NotADirectoryError if os.path.isfile(folder) else FileNotFoundError
+        raise kind(errno.ENOENT, "No such folder", folder) from None
 
 
 def scratch_folder() -> tempfile.TemporaryDirectory[str]:
