@@ -327,7 +327,7 @@ def _make_folder(folder: str) -> None:
     try:
         os.makedirs(folder, exist_ok=True)
     except FileExistsError:
-        kind = NotADirectoryError if os.path.isfile(folder) else FileNotFoundError
+        kind = NotADirectoryError if Path(folder).is_file() else FileNotFoundError
         raise kind(errno.ENOENT, "No such folder", folder) from None
 
 
