@@ -24,7 +24,19 @@ from hypothesis import strategies as st
 from pipelines.config import WriteConfig
 from pipelines.contracts import Shard
 from pipelines.errors import LedgerError
-from pipelines.ledger import CommitRef, conclude, list_commits, make_plan, place, read_commit, retire, settle, tally
+from pipelines.ledger import (
+    CommitRef,
+    Counts,
+    conclude,
+    list_commits,
+    make_plan,
+    place,
+    read_commit,
+    retire,
+    settle,
+    tally,
+)
+from pipelines.merge import _require_balance
 from pipelines.storage import Store
 from pipelines.write import EmbeddingSink
 from tests.encoded import ENCODER, FAMILIES, encoded_row, encoded_rows
@@ -272,8 +284,8 @@ def test_another_encoders_vectors_go_with_the_samples_they_were_made_of(tmp_path
     EmbeddingSink(store, families, WriteConfig()).write([with_families(old, families)], None)
     plan = make_plan(store, SHARDS[:1], FAMILIES, ["other"])
     EmbeddingSink(store, FAMILIES, WriteConfig(), plan).write([new], None)
-    assert not conclude(store, plan, FAMILIES)
     assert list(list_commits(store, "other")) == [] and store.names("embeddings/other") == []
+    assert not conclude(store, plan, FAMILIES)
     assert make_plan(store, SHARDS[:1], ["other"]).pending
 
 
@@ -304,6 +316,14 @@ def test_a_run_that_ends_late_leaves_a_newer_version_alone(tmp_path: Path) -> No
     EmbeddingSink(store, FAMILIES, WriteConfig(), late).write([encoded_rows(range(5), 5, SHARDS[0].id)], None)
     assert not conclude(store, late, FAMILIES)
     assert {ref.version for ref in list_commits(store, "samples")} == {"v1", "v2"}
+
+
+@pytest.mark.parametrize(("items", "rows"), [(2, 3), (3, 2)])
+def test_a_shard_whose_rows_do_not_balance_is_not_committed(items: int, rows: int) -> None:
+    ref = CommitRef(ENCODER.name, SHARDS[0].id, "v1", 0)
+    _require_balance(ref, {"image": Counts(items=2, embedded=2, absent=1)}, 3)
+    with pytest.raises(LedgerError, match=f"of {rows} rows {items} have an image and 0 have none"):
+        _require_balance(ref, {"image": Counts(items=items, embedded=items)}, rows)
 
 
 def test_two_encoders_under_one_name_do_not_mix(tmp_path: Path) -> None:
