@@ -1,12 +1,15 @@
 """The run's settings: one validated model per section, and `load_config(path, overrides)`.
 
 A recipe is a YAML file of these keys; command-line flags override it. Unknown keys and bad values
-are refused with the key's path, the value and what is allowed.
+are refused with the key's path, the value and what is allowed; values of storage settings, and of unknown
+keys that are called like a secret, are never shown.
 """
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
+from math import ceil
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar, Union, get_origin
 
@@ -21,9 +24,12 @@ from pydantic import (
     ValidationError,
     field_validator,
 )
+from yaml.parser import ParserError
+from yaml.scanner import ScannerError
 
 from pipelines.contracts import SAMPLES_FAMILY
 from pipelines.errors import ConfigError
+from pipelines.secrets import MASK, is_secret, masked_values, remember
 
 Auto = Literal["auto"]
 Precision = Literal["fp32", "fp16", "bf16"]
@@ -51,17 +57,46 @@ class ReadConfig(Section):
     caption_column: str | None = Field(None, description="Parquet or manifest column of a caption or a list of them")
     key_column: str | None = Field(None, description="Parquet or manifest column of the sample's key")
     splits: list[str] | None = Field(None, description="splits of a Karpathy JSON to take; all where unset")
+    allow: Annotated[list[str], BeforeValidator(_as_list)] = Field(
+        [],
+        description="places beyond the input's own folder or bucket that it may name: "
+        "folders (/data/images), buckets or prefixes (s3://other/images), hosts (http://10.0.0.5)",
+    )
     max_caption_bytes: int = Field(1_000_000, ge=1, description="a longer caption is a reject")
     max_image_bytes: int = Field(256 * 2**20, ge=1, description="a larger image file is a reject")
 
+    @field_validator("allow")
+    @classmethod
+    def _whole_places(cls, places: list[str]) -> list[str]:
+        for place in places:
+            if "*" in place or not re.match(r"/|\w[\w+.-]*://.", place):
+                raise ValueError(f"{place}: a folder from / on, or a URL such as s3://bucket/prefix, is expected")
+        return places
+
+
+BYTES_PER_PIXEL = 12
+BLOCK_BYTES = 32 * 2**20
+DECODE_BASE_MIB = 384
+"""Of a decode task, apart from the pixels of one image: Python and its libraries, tokenizer, a block in and one out."""
+
 
 class DecodeConfig(Section):
-    max_pixels: int = Field(200_000_000, ge=1, description="an image of more pixels is a reject (decompression bomb)")
+    max_pixels: int = Field(
+        50 * 2**20,
+        ge=1,
+        description="an image of more pixels is a reject (decompression bomb), as is one of less whose format takes "
+        "more memory; a decode task needs 12 bytes for each and 384 MiB",
+    )
     max_aspect: float = Field(50.0, gt=1, description="above this aspect ratio an image is cropped before resizing")
     alpha: Literal["reference", "white", "drop"] = Field(
         "reference", description="transparency: as the encoder's own library, on white, or dropped"
     )
     rows_per_block: int = Field(128, ge=1, description="samples decoded into one block")
+
+    @property
+    def peak_mib(self) -> int:
+        """Memory that a decode task may take."""
+        return DECODE_BASE_MIB + ceil(self.max_pixels * BYTES_PER_PIXEL / 2**20)
 
 
 class EncodeConfig(Section):
@@ -159,6 +194,7 @@ def load_config(path: str | Path | None, overrides: Mapping[str, Any] | None = N
 
 def validate(section: type[S], settings: Mapping[str, Any]) -> S:
     """`section` from plain settings. Raises: ConfigError that lists every bad key."""
+    remember({"storage": settings.get("storage")})
     try:
         return section.model_validate(settings)
     except ValidationError as error:
@@ -178,10 +214,17 @@ def _problems(section: type[Section], error: ValidationError) -> list[str]:
 
 def _problem(section: type[Section], detail: dict[str, Any]) -> tuple[str, str]:
     if detail["type"] == "extra_forbidden":
-        return f"unknown key (value {detail['input']!r});", f"known here: {', '.join(_keys_at(section, detail['loc']))}"
+        return f"unknown key (value {_shown(detail)});", f"known here: {', '.join(_keys_at(section, detail['loc']))}"
     if detail["type"] == "missing":
         return "missing;", "give it in the recipe or as a flag"
-    return f"{detail['input']!r} is not allowed:", detail["msg"]
+    return f"{_shown(detail)} is not allowed:", detail["msg"]
+
+
+def _shown(detail: dict[str, Any]) -> str:
+    """The value that was given, unless it may be a credential."""
+    first, *_ = loc = detail["loc"] or ("",)
+    hidden = first == "storage" or (detail["type"] == "extra_forbidden" and is_secret(str(loc[-1])))
+    return MASK if hidden else repr(masked_values(detail["input"], by_name=True))
 
 
 def _sections(section: type[BaseModel], loc: Loc) -> list[type[BaseModel]]:
@@ -215,16 +258,25 @@ def _read_recipe(path: Path) -> dict[str, Any]:
     except OSError as error:
         raise ConfigError(f"The recipe {path} cannot be read: {error.strerror}", "Check the path.") from None
     except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ConfigError(f"{path} is not a YAML recipe: {error}") from None
+        raise ConfigError(f"{path} is not a YAML recipe: {yaml_problem(error)}") from None
     if not isinstance(settings, dict):
         raise ConfigError(f"{path} is not a recipe: a mapping of settings is expected", "See jobs/recipes/.")
     return settings
 
 
+def yaml_problem(error: Exception) -> str:
+    """What is wrong and where, without anything of the text itself, which may hold a credential."""
+    if not isinstance(error, yaml.MarkedYAMLError) or error.problem_mark is None:
+        return type(error).__name__
+    mark, is_syntax = error.problem_mark, isinstance(error, (ScannerError, ParserError))
+    return f"{error.problem if is_syntax else type(error).__name__} in line {mark.line + 1}, column {mark.column + 1}"
+
+
 def _set(settings: dict[str, Any], keys: list[str], value: Any) -> None:
-    for key in keys[:-1]:
+    for depth, key in enumerate(keys[:-1]):
         inner = settings.setdefault(key, {})
         if not isinstance(inner, dict):
-            raise ConfigError(f"{key}: {inner!r} is not allowed: a mapping is expected")
+            shown = _shown({"loc": tuple(keys[: depth + 1]), "type": "extra_forbidden", "input": inner})
+            raise ConfigError(f"{key}: {shown} is not allowed: a mapping is expected")
         settings = inner
     settings[keys[-1]] = value

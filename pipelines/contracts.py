@@ -11,6 +11,8 @@ from typing import Any, Literal
 
 import pyarrow as pa
 
+from pipelines.secrets import masked
+
 Modality = Literal["image", "text"]
 MODALITIES: tuple[Modality, ...] = ("image", "text")
 Format = Literal["tar", "parquet", "folder", "manifest"]
@@ -52,7 +54,7 @@ class Shard:
 class Reject:
     """An item that could not be embedded.
 
-    reason: a short constant such as `truncated_image`; detail: one line for a person.
+    reason: a short constant such as `truncated_image`; detail: one line for a person, credentials masked.
     caption_index: None for an image.
     """
 
@@ -61,6 +63,9 @@ class Reject:
     reason: str
     detail: str = ""
     caption_index: int | None = None
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "detail", masked(self.detail))
 
 
 @dataclass

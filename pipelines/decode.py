@@ -18,7 +18,7 @@ import pyarrow.compute as pc
 from numpy.typing import NDArray
 from PIL import Image, UnidentifiedImageError
 
-from pipelines.config import DecodeConfig
+from pipelines.config import BLOCK_BYTES, BYTES_PER_PIXEL, DecodeConfig
 from pipelines.contracts import PIXELS, REJECT_ITEM, Modality, Reject
 from pipelines.encoders import registry
 from pipelines.encoders.base import EncoderSpec, Tokenizer
@@ -33,6 +33,9 @@ _ADDRESS = re.compile(r" at 0x[0-9a-f]+")
 _FORMATS = ("JPEG", "MPO", "PNG", "WEBP", "GIF", "BMP", "TIFF", "JPEG2000", "AVIF", "PPM", "ICO", "PSD", "QOI")
 Image.init()
 FORMATS = tuple(name for name in _FORMATS if name in Image.OPEN)  # as this build of Pillow has them
+# Measured at the peak, with what comes after decoding. A pixel takes 4, and as many again while it is turned or
+# converted; progressive JPEGs are held as coefficients, and the other libraries keep planes and frames of their own.
+_BYTES_PER_PIXEL = {"TIFF": 12, "WEBP": 20, "AVIF": 20, "JPEG2000": 28}
 _CUT_SHORT = ("truncated", "broken data stream", "end of file", "unexpected eof")
 
 
@@ -133,15 +136,18 @@ def _pixels_table(batch: pa.Table, new: dict[str, pa.Array]) -> pa.Table:
 
 def _decode(data: bytes, spec: EncoderSpec, settings: DecodeConfig) -> Decoded:
     assert spec.image is not None
-    image = open_image(data, settings.max_pixels)
-    if isinstance(image, Reject):
-        return Decoded(reject=image)
+    opened = open_image(data, settings.max_pixels)
+    if isinstance(opened, Reject):
+        return Decoded(reject=opened)
+    size, handed_over = upright_size(opened), [opened]
+    del opened
     try:
-        return Decoded(to_pixels(image, spec.image, spec.max_aspect), upright_size(image))
+        # No name here keeps the image: it is freed as soon as it has been turned, cropped or converted.
+        return Decoded(to_pixels(handed_over.pop(), spec.image, spec.max_aspect), size)
     except MemoryError:
         raise
     except Exception as error:
-        return Decoded(size=upright_size(image), reject=_reject("decode_failed", error))
+        return Decoded(size=size, reject=_reject("decode_failed", error))
 
 
 def _measured(data: bytes | None, settings: DecodeConfig) -> Decoded:
@@ -154,7 +160,8 @@ def _measured(data: bytes | None, settings: DecodeConfig) -> Decoded:
 def open_image(data: bytes, max_pixels: int) -> Image.Image | Reject:
     """The first frame of an encoded image, loaded; a Reject where it cannot be.
 
-    Nothing is allocated for an image of more than `max_pixels`: its header is enough to refuse it.
+    Nothing is allocated for an image of more than `max_pixels`, or of so many that its decoder takes more memory
+    than `max_pixels` are meant to: its header is enough to refuse it.
     """
     if not data:
         return _reject("empty_image", "0 bytes")
@@ -163,12 +170,23 @@ def open_image(data: bytes, max_pixels: int) -> Image.Image | Reject:
             image = Image.open(io.BytesIO(data), formats=FORMATS)
             if image.width * image.height > max_pixels:
                 return _reject("too_many_pixels", f"{image.width} x {image.height}, more than {max_pixels}")
+            needed, allowed = _needed_bytes(image, len(data)), max_pixels * BYTES_PER_PIXEL + BLOCK_BYTES
+            if needed > allowed:
+                size = f"{image.width} x {image.height} of {image.format}"
+                return _reject("too_many_pixels", f"{size} take {needed >> 20} MiB, more than {allowed >> 20}")
             image.load()
             return image
     except MemoryError:
         raise
     except Exception as error:
-        return _reject(_reason(error), error)
+        return _refusal(data, error)
+
+
+def _needed_bytes(image: Image.Image, file_bytes: int) -> int:
+    """Memory at the peak of decoding. The file is there twice: in its block, and on its own."""
+    heavy = "progressive" in image.info or getattr(image, "is_animated", False)
+    per_pixel = _BYTES_PER_PIXEL.get(str(image.format), BYTES_PER_PIXEL if heavy else 8)
+    return image.width * image.height * per_pixel + 2 * file_bytes
 
 
 @contextmanager
@@ -186,15 +204,56 @@ def _pixel_limit(max_pixels: int) -> Iterator[None]:
         Image.MAX_IMAGE_PIXELS = before
 
 
-def _reason(error: Exception) -> str:
-    text = str(error).lower()
-    if isinstance(error, UnidentifiedImageError):
-        return "unidentified_image"
+def _refusal(data: bytes, error: Exception) -> Reject:
+    """What a decoder says of a file does not tell one that is cut from one that never was an image."""
     if isinstance(error, Image.DecompressionBombError):
-        return "too_many_pixels"
-    if isinstance(error, EOFError) or any(sign in text for sign in _CUT_SHORT):
-        return "truncated_image"
-    return "decode_failed"
+        return _reject("too_many_pixels", error)
+    kind = next((name for name, start in _STARTS.items() if start.match(data)), None)
+    is_cut = kind is not None and _is_cut(kind, data)
+    if isinstance(error, UnidentifiedImageError):
+        if is_cut:
+            return _reject("truncated_image", f"starts as {kind}, and ends after {len(data)} bytes, in the header")
+        if kind:
+            return _reject("decode_failed", f"starts as {kind}, with a header that makes no sense")
+        return _reject("unidentified_image", f"no image format that is read here starts with {data[:24]!r}")
+    says_so = isinstance(error, EOFError) or any(sign in str(error).lower() for sign in _CUT_SHORT)
+    return _reject("truncated_image" if says_so or is_cut else "decode_failed", error)
+
+
+_STARTS = {
+    "JPEG": re.compile(rb"\xff\xd8\xff"),
+    "PNG": re.compile(rb"\x89PNG\r\n\x1a\n"),
+    "GIF": re.compile(rb"GIF8[79]a"),
+    "WEBP": re.compile(rb"RIFF....WEBP", re.DOTALL),
+    "TIFF": re.compile(rb"II\*\0|MM\0\*"),
+    "AVIF": re.compile(rb"....ftypavi[fs]", re.DOTALL),
+    "BMP": re.compile(rb"BM.{8}", re.DOTALL),
+    "ICO": re.compile(rb"\x00\x00\x01\x00"),
+}
+
+
+def _is_cut(kind: str, data: bytes) -> bool:
+    """Whether a file that cannot be read ends before it says that it does."""
+    if kind == "JPEG":
+        return b"\xff\xd9" not in data
+    if kind == "PNG":
+        return b"IEND" not in data
+    if kind == "WEBP":
+        return len(data) < 8 + int.from_bytes(data[4:8], "little")
+    if kind == "TIFF":
+        return len(data) < int.from_bytes(data[4:8], "little" if data[:2] == b"II" else "big")
+    return kind == "AVIF" and _ends_in_a_box(data)
+
+
+def _ends_in_a_box(data: bytes) -> bool:
+    """ISO base media (ISO/IEC 14496-12): boxes one after the other, each of which says how long it is."""
+    at = 0
+    while 0 <= at < len(data):
+        size = int.from_bytes(data[at : at + 4])
+        if size < 8:  # to the end of the file, or a size of 64 bits
+            return False
+        at += size
+    return at > len(data)
 
 
 def _reject(reason: str, detail: str | Exception, caption_index: int | None = None) -> Reject:

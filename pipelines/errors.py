@@ -3,16 +3,19 @@
 Faults of the data are not here: a bad sample is a value, a `contracts.Reject`.
 """
 
+from pipelines.secrets import masked
+
 
 class VecmillError(Exception):
     """Base of every error a user should read as one message, without a traceback.
 
-    what: the object and what is wrong with it. fix: what to do next.
+    what: the object and what is wrong with it. fix: what to do next. Credentials in them are masked.
     """
 
     exit_code = 1
 
     def __init__(self, what: str, fix: str = "") -> None:
+        what, fix = masked(what), masked(fix)
         super().__init__(what, fix)
         self.what = what
         self.fix = fix
@@ -63,3 +66,17 @@ class LedgerError(VecmillError):
 
 class IndexBuildError(VecmillError):
     """An index that cannot be built or does not hold what its manifest says."""
+
+
+class StalledError(VecmillError):
+    """A stage that has made no progress for the time that was set."""
+
+
+class WorkerError(VecmillError):
+    """Ray's processes die, cannot start, or have no room."""
+
+
+class HeldError(VecmillError):
+    """Another run is at work on the output, or has taken it over."""
+
+    exit_code = 4

@@ -17,6 +17,7 @@ from pipelines.errors import ConfigError, PreflightError, StorageError
 from pipelines.families import EncoderFamily, Family, SamplesFamily, by_name
 from pipelines.ledger import Plan, make_plan
 from pipelines.record import EncoderRecord, RunRecord, encoder_record, read_record, require_same, require_same_rows
+from pipelines.secrets import masked_values
 from pipelines.storage import Store, protocol_of
 
 
@@ -70,7 +71,7 @@ def prepare(config: RunConfig, cluster: Cluster) -> Prepared:
     if known:
         require_same(folder, known[1], spec)
         require_same_modalities(folder, known[1], modalities)
-    settings = config.model_dump(mode="json", exclude={"storage"})
+    settings = masked_values(config.model_dump(mode="json", exclude={"storage"}))
     require_same_rows(record.settings, settings)
     shards, slices = sources.plan_shards(
         config.input, config.format, config.read, Store(options=config.storage), record.slices
@@ -179,6 +180,12 @@ def require_resources(config: RunConfig, cluster: Cluster) -> None:
             f"A decode task of {config.cluster.memory_per_decode_task_mib:,} MiB fits no node: the largest gives "
             f"{cluster.node_memory_mib:,.0f} MiB",
             "Lower cluster.memory_per_decode_task_mib.",
+        )
+    if config.decode.peak_mib > config.cluster.memory_per_decode_task_mib:
+        raise PreflightError(
+            f"An image of decode.max_pixels = {config.decode.max_pixels:,} can take {config.decode.peak_mib:,} MiB; a "
+            f"decode task has {config.cluster.memory_per_decode_task_mib:,} MiB",
+            f"Set cluster.memory_per_decode_task_mib to {config.decode.peak_mib} or more, or lower decode.max_pixels.",
         )
     cpus = actors * encode.cpus_per_actor + config.cluster.spare_cpus
     if cpus > cluster.cpus:

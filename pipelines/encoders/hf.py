@@ -23,7 +23,7 @@ from pipelines.encoders import weights
 from pipelines.encoders.base import EncoderSpec, ImageTransform
 from pipelines.encoders.batch import DTYPES, Normalize, patchify, stack, trim
 from pipelines.encoders.digest import vocabulary_digest
-from pipelines.encoders.hf_text import library_tokenizer
+from pipelines.encoders.hf_text import from_files, library_tokenizer
 from pipelines.errors import ConfigError, EncoderError
 
 EXAMPLE = "hf:google/siglip2-base-patch16-224"
@@ -64,7 +64,7 @@ def describe(name: str, reference: str, options: dict[str, dict[str, Any]]) -> E
     if "config.json" not in names:
         raise EncoderError(f"{folder.reference} holds no config.json.", f"There: {', '.join(names) or 'nothing'}.")
     path = folder.fetch(weights.small(names))
-    config = transformers.AutoConfig.from_pretrained(path, local_files_only=True)
+    config = from_files(transformers.AutoConfig, path, folder.reference)
     model = _model_class(config, folder.reference)
     return EncoderSpec(
         name=name,
@@ -161,8 +161,12 @@ def _checkpoint(folder: weights.Folder) -> list[str]:
             return [whole]
         index = f"{whole}.index.json"
         if index in names:
-            pieces = json.loads((folder.fetch([index]) / index).read_text())["weight_map"].values()
-            return sorted(set(pieces))
+            pieces = set(json.loads((folder.fetch([index]) / index).read_text())["weight_map"].values())
+            if elsewhere := sorted(pieces - set(names)):
+                raise EncoderError(
+                    f"{folder.reference} lacks {elsewhere[0]}, which its {index} names.", "Fetch it too."
+                )
+            return sorted(pieces)
     raise EncoderError(
         f"{folder.reference} holds no model.safetensors or pytorch_model.bin.", f"There: {', '.join(names)}."
     )
@@ -171,6 +175,7 @@ def _checkpoint(folder: weights.Folder) -> list[str]:
 def _load_strictly(cls: Any, path: Path, dtype: torch.dtype, name: str) -> Any:
     # Mismatched sizes are ignored by the library only, so as to be listed here with all else that is wrong.
     how: dict[str, Any] = {"dtype": dtype, "local_files_only": True, "ignore_mismatched_sizes": True}
+    how |= {"weights_only": True, "trust_remote_code": False}
     try:
         model, info = cls.from_pretrained(path, output_loading_info=True, **how)
     except Exception as error:
@@ -186,7 +191,7 @@ def _load_strictly(cls: Any, path: Path, dtype: torch.dtype, name: str) -> Any:
 
 
 def _tokenizer_digest(path: Path, name: str, kind: _Kind) -> str:
-    tokens = library_tokenizer(path)
+    tokens = library_tokenizer(path, name)
     if not kind.causal and tokens.padding_side != "right":
         raise EncoderError(
             f"{name}: the tokenizer pads on the {tokens.padding_side}, the model was trained on the right.",
@@ -200,8 +205,7 @@ def _tokenizer_digest(path: Path, name: str, kind: _Kind) -> str:
 
 def _transform(path: Path, name: str) -> ImageTransform:
     """From the checkpoint's own image processor. Raises: EncoderError where it does something else too."""
-    auto: Any = transformers.AutoImageProcessor
-    processor = auto.from_pretrained(path, backend="pil", local_files_only=True)
+    processor = from_files(transformers.AutoImageProcessor, path, name, backend="pil")
     resize, size, crop = _geometry(processor, name)
     plain = processor.do_rescale and processor.do_normalize and not getattr(processor, "do_pad", False)
     if not plain or abs(processor.rescale_factor * 255 - 1) > 1e-6:

@@ -10,11 +10,12 @@ from numpy.typing import NDArray
 
 from pipelines.encoders import weights
 from pipelines.encoders.base import EncoderSpec, Tokenizer
+from pipelines.errors import EncoderError
 
 
 def tokenizer(spec: EncoderSpec) -> Tokenizer:
     folder = weights.folder(spec.reference, spec.options)
-    tokens = library_tokenizer(folder.fetch(weights.small(folder.names())))
+    tokens = library_tokenizer(folder.fetch(weights.small(folder.names())), spec.name)
 
     def tokenize(captions: list[str]) -> NDArray[np.int32]:
         """int32 [n, context_length], padded to the full length."""
@@ -24,7 +25,20 @@ def tokenizer(spec: EncoderSpec) -> Tokenizer:
     return tokenize
 
 
-def library_tokenizer(path: Path) -> Any:
+def library_tokenizer(path: Path, name: str = "") -> Any:
+    """name: for messages. Raises: EncoderError where the library cannot have it from its files alone."""
     from transformers import AutoTokenizer
 
-    return AutoTokenizer.from_pretrained(path, local_files_only=True)
+    return from_files(AutoTokenizer, path, name or str(path))
+
+
+def from_files(auto: Any, path: Path, name: str, **more: Any) -> Any:
+    """What a class of transformers makes of a model's files, without running code that comes with them.
+
+    Raises: EncoderError.
+    """
+    try:
+        return auto.from_pretrained(path, local_files_only=True, trust_remote_code=False, **more)
+    except Exception as error:
+        fix = "Repair it, or use a model that needs no code of its own: such code is never run."
+        raise EncoderError(f"{name}: {auto.__name__} cannot read it: {error}", fix) from error

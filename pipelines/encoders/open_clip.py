@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 import open_clip
 import torch
+import transformers.dynamic_module_utils
 from numpy.typing import NDArray
 from safetensors import safe_open
 
@@ -55,6 +56,9 @@ def describe(name: str, reference: str, options: dict[str, dict[str, Any]]) -> E
 def load(spec: EncoderSpec, device: torch.device) -> OpenClipEncoder:
     source = resolve(spec.reference, spec.options)
     path = weights.fetch_verified(source.folder, source.files, [source.checkpoint], spec.weights)
+    if source.model["text_cfg"].get("hf_model_name"):
+        # The time in which transformers, through open_clip, would ask whether to run code that comes with the model.
+        transformers.dynamic_module_utils.TIME_OUT_REMOTE_CODE = 0
     try:
         with warnings.catch_warnings(action="ignore"):
             model = open_clip.create_model(
@@ -63,6 +67,7 @@ def load(spec: EncoderSpec, device: torch.device) -> OpenClipEncoder:
                 precision=spec.precision,
                 device=device,
                 require_pretrained=True,
+                weights_only=True,
             )
     except Exception as error:
         raise EncoderError(

@@ -13,6 +13,7 @@ from pipelines.encoders import weights
 from pipelines.encoders.base import EncoderSpec, Tokenizer
 from pipelines.encoders.clip_bpe import clip_bpe, vocabulary
 from pipelines.encoders.digest import vocabulary_digest
+from pipelines.errors import EncoderError
 
 if TYPE_CHECKING:
     from pipelines.encoders.open_clip_source import Source
@@ -32,11 +33,20 @@ def tokenizer(spec: EncoderSpec) -> Tokenizer:
 
 
 def library_tokenizer(source: Source) -> Any:
-    """open_clip's own, whichever the model names."""
+    """open_clip's own, whichever the model names. Raises: EncoderError where it cannot be had without running code
+    that comes with the model."""
     import open_clip
 
     path = Path() if source.arch else source.folder.fetch(weights.small(source.folder.names()))
-    return open_clip.get_tokenizer(source.identifier(path))
+    is_of_transformers = bool(source.model["text_cfg"].get("hf_tokenizer_name"))
+    try:
+        # Goes before what the model's own configuration says.
+        return open_clip.get_tokenizer(
+            source.identifier(path), **({"trust_remote_code": False} if is_of_transformers else {})
+        )
+    except Exception as error:
+        fix = "Repair it, or use a model that needs no code of its own: such code is never run."
+        raise EncoderError(f"{source.reference}: its tokenizer cannot be made: {error}", fix) from error
 
 
 def tokenizer_digest(tokens: Any) -> str:

@@ -7,6 +7,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable, Iterator
 from contextlib import suppress
 from typing import Any
 
@@ -27,6 +28,7 @@ _UPRIGHT = {
     8: Image.Transpose.ROTATE_90,
 }
 _WHITE = (255, 255, 255, 255)
+_STRIP_PIXELS = 2**20
 
 
 def to_pixels(image: Image.Image, transform: ImageTransform, max_aspect: float) -> NDArray[np.uint8]:
@@ -35,10 +37,14 @@ def to_pixels(image: Image.Image, transform: ImageTransform, max_aspect: float) 
     EXIF orientation is applied first, 16-bit and float images are scaled to 8 bits, and an image longer
     than `max_aspect` times its shorter side is cropped to its centre of that aspect.
     """
-    image = _limit_aspect(_eight_bit(_upright(image)), max_aspect)
+    # One step a line: what a step was made from is freed before the next, for images of hundreds of MiB.
+    image = _upright(image)
+    image = _eight_bit(image)
+    image = _limit_aspect(image, max_aspect)
     if transform.library == "transformers" or transform.alpha == "white":
         image = _to_rgb(image, transform.alpha)
-    image = _crop(_resize(image, transform), transform)
+    image = _resize(image, transform)
+    image = _crop(image, transform)
     return np.array(image.convert("RGB"))
 
 
@@ -66,17 +72,44 @@ def _upright(image: Image.Image) -> Image.Image:
 def _eight_bit(image: Image.Image) -> Image.Image:
     """PIL's own conversion would clip 16-bit and float images to white."""
     if image.mode.startswith("I"):
-        return Image.fromarray(np.clip(np.asarray(image) >> 8, 0, 255).astype(np.uint8))
+        return _in_strips(image, "L", lambda strip: Image.fromarray(_eight_bit_integers(np.asarray(strip))))
     if image.mode == "F":
-        return Image.fromarray(_eight_bit_floats(np.nan_to_num(np.asarray(image))))
+        scale = _scale_of_floats(image)
+        return _in_strips(image, "L", lambda strip: Image.fromarray(_eight_bit_floats(_floats(strip), scale)))
     return image
 
 
-def _eight_bit_floats(values: NDArray[np.floating[Any]]) -> NDArray[np.uint8]:
-    """From the range the values are in: [0, 1], [0, 255] or that of 16 bits."""
-    peak = float(values.max())
-    scale = 255.0 if peak <= 1 else 1.0 if peak <= 255 else 1 / 256
-    return np.clip(values * scale, 0, 255).astype(np.uint8)
+def _in_strips(image: Image.Image, mode: str, convert: Callable[[Image.Image], Image.Image]) -> Image.Image:
+    """What `convert` makes of each pixel, a strip at a time: steps between are of strips, not of whole images."""
+    converted = Image.new(mode, image.size)
+    for strip, top in _strips(image):
+        converted.paste(convert(strip), (0, top))
+    return converted
+
+
+def _strips(image: Image.Image) -> Iterator[tuple[Image.Image, int]]:
+    rows = max(1, _STRIP_PIXELS // image.width)
+    for top in range(0, image.height, rows):
+        yield image.crop((0, top, image.width, min(top + rows, image.height))), top
+
+
+def _eight_bit_integers(values: NDArray[Any]) -> NDArray[np.uint8]:
+    return np.clip(values >> 8, 0, 255).astype(np.uint8)
+
+
+def _floats(image: Image.Image) -> NDArray[np.floating[Any]]:
+    return np.nan_to_num(np.asarray(image))
+
+
+def _scale_of_floats(image: Image.Image) -> float:
+    """By the range the values are in: [0, 1], [0, 255] or that of 16 bits."""
+    peak = max(float(_floats(strip).max()) for strip, _ in _strips(image))
+    return 255.0 if peak <= 1 else 1.0 if peak <= 255 else 1 / 256
+
+
+def _eight_bit_floats(values: NDArray[np.floating[Any]], scale: float) -> NDArray[np.uint8]:
+    with np.errstate(over="ignore"):  # the largest floats, and what stands for infinity
+        return np.clip(values * scale, 0, 255).astype(np.uint8)
 
 
 def _limit_aspect(image: Image.Image, max_aspect: float) -> Image.Image:
@@ -93,8 +126,12 @@ def _limit_aspect(image: Image.Image, max_aspect: float) -> Image.Image:
 
 def _to_rgb(image: Image.Image, alpha: str) -> Image.Image:
     transparent = "A" in image.getbands() or image.info.get("transparency") is not None
-    if alpha == "drop" or not transparent:
-        return image.convert("RGB")
+    if transparent and alpha != "drop":
+        return _in_strips(image, "RGB", _on_white)
+    return image if image.mode == "RGB" else image.convert("RGB")
+
+
+def _on_white(image: Image.Image) -> Image.Image:
     image = image.convert("RGBA")
     return Image.alpha_composite(Image.new("RGBA", image.size, _WHITE), image).convert("RGB")
 

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any, cast
 
 from pipelines.encoders.base import Encoder, EncoderSpec, Family, TextFamily, Tokenizer
 from pipelines.errors import ConfigError
+from pipelines.secrets import carries_credentials
 
 if TYPE_CHECKING:
     import torch
@@ -28,6 +29,8 @@ def describe(name: str, options: dict[str, dict[str, Any]] | None = None) -> Enc
         raise ConfigError(f"encoder = {name}: no encoder of that form.", f"Known families: {known}.")
     if "?" in reference:
         raise ConfigError(f"encoder = {name}: takes no options.", f"Leave out ?{reference.partition('?')[2]}.")
+    if carries_credentials(reference):
+        raise ConfigError(f"encoder = {name}: a URL with credentials would be recorded.", "Put them into storage.")
     return _family(family).describe(name, reference, options or {})
 
 

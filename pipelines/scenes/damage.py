@@ -76,11 +76,11 @@ def _unknown(scene: Scene, files: Files) -> Files:
 def _bomb(scene: Scene, files: Files) -> Files:
     """A PNG of 112 bytes that says it has 1.6 thousand million pixels."""
     header = struct.pack(">IIBBBBB", BOMB_SIDE_PIXELS, BOMB_SIDE_PIXELS, 8, 2, 0, 0, 0)
-    chunks = (_chunk(b"IHDR", header), _chunk(b"IDAT", zlib.compress(bytes(1024))), _chunk(b"IEND", b""))
+    chunks = (png_chunk(b"IHDR", header), png_chunk(b"IDAT", zlib.compress(bytes(1024))), png_chunk(b"IEND", b""))
     return _with_image(files, "png", b"\x89PNG\r\n\x1a\n" + b"".join(chunks))
 
 
-def _chunk(name: bytes, data: bytes) -> bytes:
+def png_chunk(name: bytes, data: bytes) -> bytes:
     return struct.pack(">I", len(data)) + name + data + struct.pack(">I", zlib.crc32(name + data))
 
 

@@ -41,7 +41,7 @@ def plan_shards(
     """
     recorded = dict(slices)
     try:
-        shards = _plan(find(inputs, format, store), settings, store, recorded)
+        shards = _plan(find(inputs, format, store, settings.allow), settings, store, recorded)
     except PermissionError as error:
         raise InputError(f"The input may not be read: {error}", "Check your access to it.") from error
     except FileNotFoundError as error:
@@ -80,5 +80,5 @@ def samples(shard: Shard, settings: ReadConfig, store: Store) -> Iterator[Sample
 
 def _require_unchanged(shard: Shard, store: Store) -> None:
     """Objects by their size and etag; slices are checked against their members where these are read."""
-    if shard.slice is None and object_version(store.stat(shard.uri), shard.row_groups) != shard.version:
+    if shard.slice is None and object_version(store.stat(shard.uri, listed=True), shard.row_groups) != shard.version:
         raise ChangedInputError(f"{shard.uri} has changed since the run was planned", "Run the same command again.")

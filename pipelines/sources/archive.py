@@ -18,6 +18,8 @@ from pipelines.sources.text import Fault
 BLOCK = tarfile.BLOCKSIZE
 _CHUNK_BYTES = 2**20
 _MAX_EXTENSION_BYTES = 2**20
+# Archives may be joined end to end, with padding between; what is gzipped may be padding without an end.
+_MAX_PADDING_BLOCKS = 2**17
 _LONG_NAME, _LONG_LINK = tarfile.GNUTYPE_LONGNAME, tarfile.GNUTYPE_LONGLINK
 _PAX = (tarfile.XHDTYPE, tarfile.SOLARIS_XHDTYPE)
 
@@ -75,15 +77,15 @@ class Archive:
         return None
 
     def _header(self) -> tarfile.TarInfo | None:
-        ended = False
+        ended = 0
         while True:
             at, block = self._at, self._read(BLOCK)
-            if len(block) < BLOCK:
+            if len(block) < BLOCK or ended > _MAX_PADDING_BLOCKS:
                 if ended:
                     return None
                 raise self._broken("truncated_shard", f"ends at byte {self._at} without an end mark")
             if not any(block):
-                ended = True
+                ended += 1
                 continue
             try:
                 return tarfile.TarInfo.frombuf(block, "utf-8", "surrogateescape")
@@ -118,10 +120,11 @@ class Archive:
     def _member(self, info: tarfile.TarInfo, overrides: dict[str, bytes]) -> Header:
         name = overrides["path"].decode("utf-8", "surrogateescape") if "path" in overrides else info.name
         size = overrides.get("size", str(info.size).encode())
-        sparse = info.issparse() or any(key.startswith("GNU.sparse.") for key in overrides)
+        # Not `issparse`: that asks for the map, which tarfile reads only when it opens the archive itself.
+        sparse = info.type == tarfile.GNUTYPE_SPARSE or any(key.startswith("GNU.sparse.") for key in overrides)
         if not size.isdigit():
             raise self._broken("corrupt_shard", f"{name} has a size of {size!r}")
-        if info.issparse():
+        if info.type == tarfile.GNUTYPE_SPARSE:
             self._skip_sparse_map(info)
         # Links, folders and devices have no bytes whatever their size says; unknown types have.
         has_bytes = info.isreg() or info.type not in tarfile.SUPPORTED_TYPES

@@ -16,7 +16,7 @@ def values_of(column: pa.Array) -> list[Any]:
     for read in (_as_is, _with_raw_text, _as_text):
         try:
             return read(column)
-        except (ValueError, OverflowError, ImportError, pa.ArrowException):
+        except (ValueError, TypeError, LookupError, OverflowError, ImportError, pa.ArrowException):
             continue
     return [None] * len(column)
 

@@ -4,24 +4,26 @@ from __future__ import annotations
 
 import errno
 import posixpath
+import re
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import TypeVar
 
+from pipelines.config import ReadConfig
 from pipelines.contracts import Sample
 from pipelines.errors import InputError, StorageError
 from pipelines.sources import web
 from pipelines.sources.members import reject_image
+from pipelines.sources.places import ALLOWING, allowing, is_bucket, is_web, lies_in, own_place, place_of
 from pipelines.sources.text import Fault, printable
-from pipelines.storage import Store, is_local, protocol_of
+from pipelines.storage import Store, is_local, whole_uri
 
 A = TypeVar("A")
 B = TypeVar("B")
 
 FETCH_THREADS = 16
-_BUCKETS = frozenset(("s3", "s3a", "gs", "gcs", "abfs", "abfss", "az"))
-_REMOTE = frozenset(("http", "https", "s3", "s3a", "gs", "gcs", "abfs", "abfss", "az", "hdfs", "hf", "memory"))
+_IPV6_HOST = re.compile(r"(?<=^http://)\[[0-9a-f:.]+\]|(?<=^https://)\[[0-9a-f:.]+\]", re.IGNORECASE)
 
 
 def in_order(work: Callable[[A], B], items: Iterable[A]) -> Iterator[B]:
@@ -36,41 +38,66 @@ def in_order(work: Callable[[A], B], items: Iterable[A]) -> Iterator[B]:
             yield pending.popleft().result()
 
 
-def resolve(reference: str, listing: str) -> str | Fault:
+def resolve(reference: str, listing: str, allow: Sequence[str] = ()) -> str | Fault:
     """The address of an image that `listing` (a manifest or Parquet file) names.
 
-    A relative path is meant from the listing's folder. A listing that came over the network may not point at
-    this machine's files: whoever wrote it would choose what is read here.
+    A relative path is meant from the listing's folder. Whoever wrote the listing chooses what is read here, so
+    that it may name what lies in its own folder, bucket or web host, what lies in the places of `allow`, and what
+    the web has for everyone, which web.get sees to.
     """
     reference = reference.strip()
-    forbidden = Fault("forbidden_url", printable(f"{reference} in {listing}"))
-    if "\0" in reference or "::" in reference:
-        return forbidden
-    if "://" in reference or reference.startswith(("file:", "local:")):
-        allowed = is_local(listing) if is_local(reference) else protocol_of(reference) in _REMOTE
-        return reference if allowed else forbidden
-    if is_local(listing):
+    uri = _address(reference, listing)
+    if uri is None:
+        return Fault("forbidden_url", printable(f"{reference} in {listing} is no address that an input may have"))
+    if is_web(uri) or lies_in(uri, trusted_by(listing, allow)):
+        return uri
+    return Fault("forbidden_url", printable(f"{reference} in {listing} leads to {place_of(uri)}: {ALLOWING}"))
+
+
+def trusted_by(listing: str, allow: Sequence[str]) -> tuple[str, ...]:
+    """The places that a listing may name, whatever they are."""
+    return own_place(listing), *allow
+
+
+def require_allowed(reference: str, listing: str, allow: Sequence[str]) -> None:
+    """Raises: InputError where a listing names what its rows may not, with the setting that lets them."""
+    uri = resolve(reference, listing, allow)
+    stranger = isinstance(uri, str) and is_web(uri) and not lies_in(uri, trusted_by(listing, allow))
+    if isinstance(uri, Fault) or (stranger and web.is_known_inside(uri)):
+        address = _address(reference.strip(), listing)
+        if address is None:
+            return
+        place = place_of(address)
+        raise InputError(
+            f"{printable(reference)} in {listing} leads to {printable(place)}, which an input may not name by itself",
+            f"If that is meant, allow it: {allowing(printable(place), allow)}",
+        )
+
+
+def _address(reference: str, listing: str) -> str | None:
+    """The one spelling of what a reference names, allowed or not; None where it names nothing, or a file system
+    within another, whose address hides what it leads to."""
+    if "\0" in reference or "::" in _IPV6_HOST.sub("", reference):
+        return None
+    is_path = "://" not in reference and not reference.startswith(("file:", "local:"))
+    if not is_path:
+        return whole_uri(reference) if is_local(reference) else reference
+    if reference.startswith("/") or is_local(listing):
         return posixpath.join(posixpath.dirname(listing), reference)
-    return forbidden if reference.startswith("/") else _beside(reference, listing, forbidden)
-
-
-def _beside(reference: str, listing: str, forbidden: Fault) -> str | Fault:
     protocol, _, path = listing.partition("?")[0].partition("://")
-    joined = posixpath.normpath(posixpath.join(posixpath.dirname(path), reference))
-    bucket = path.lstrip("/").partition("/")[0]
-    inside = protocol == "memory" or joined.lstrip("/").partition("/")[0] == bucket
-    return f"{protocol}://{joined}" if inside else forbidden
+    return f"{protocol}://{posixpath.normpath(posixpath.join(posixpath.dirname(path), reference))}"
 
 
-def read_bounded(store: Store, uri: str, max_bytes: int) -> bytes | Fault:
+def read_bounded(store: Store, uri: str, max_bytes: int, trusted: Sequence[str] = ()) -> bytes | Fault:
     """The bytes of an image, never more than max_bytes and one of them in memory.
 
+    trusted: places of the web that need not be public.
     A web server that is gone is a fault of the URL: lists of URLs are full of them. Raises: StorageError where a
     disk or an object store fails or refuses, since it may well have the image; InputError where the client of
     a store is not installed or set up.
     """
-    is_web = protocol_of(uri) in ("http", "https")
-    data = web.get(uri, store.options, max_bytes + 1) if is_web else _stored(store, uri, max_bytes + 1)
+    most_bytes = max_bytes + 1
+    data = web.get(uri, store.options, most_bytes, trusted) if is_web(uri) else _stored(store, uri, most_bytes)
     if isinstance(data, bytes) and len(data) > max_bytes:
         return Fault("image_too_large", f"more than the {max_bytes} bytes allowed")
     return data
@@ -99,7 +126,7 @@ def _stored(store: Store, uri: str, most_bytes: int) -> bytes | Fault:
 
 def _names_an_object(uri: str) -> bool:
     bucket, _, key = uri.partition("://")[2].partition("/")
-    return protocol_of(uri) not in _BUCKETS or bool(bucket and key)
+    return not is_bucket(uri) or bool(bucket and key)
 
 
 def _is_of_the_name(error: BaseException | None) -> bool:
@@ -108,12 +135,13 @@ def _is_of_the_name(error: BaseException | None) -> bool:
     return is_unusable or type(error).__name__ == "ParamValidationError"
 
 
-def fetch_image(sample: Sample, reference: str | None, listing: str, store: Store, max_bytes: int) -> Sample:
+def fetch_image(sample: Sample, reference: str | None, listing: str, settings: ReadConfig, store: Store) -> Sample:
     """The sample with the image its row refers to, or with the reject that says why not."""
     if reference is None:
         return sample
-    uri = resolve(reference, listing)
-    data = uri if isinstance(uri, Fault) else read_bounded(store, uri, max_bytes)
+    uri = resolve(reference, listing, settings.allow)
+    trusted = trusted_by(listing, settings.allow)
+    data = uri if isinstance(uri, Fault) else read_bounded(store, uri, settings.max_image_bytes, trusted)
     sample.has_image = True
     sample.uri = printable(reference) if isinstance(uri, Fault) else printable(uri)
     if isinstance(data, Fault):

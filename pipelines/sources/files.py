@@ -10,10 +10,12 @@ import re
 from collections import defaultdict
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from pathlib import Path
 
 from pipelines.config import ReadConfig
 from pipelines.contracts import Entry, Sample, Shard
 from pipelines.errors import ChangedInputError, InputError
+from pipelines.secrets import masked
 from pipelines.sources.fetch import in_order
 from pipelines.sources.identity import shard_id, slice_count, slice_of, slice_piece
 from pipelines.sources.kinds import is_litter
@@ -25,30 +27,42 @@ from pipelines.sources.members import (
     too_large,
     without_repeats,
 )
-from pipelines.sources.text import printable
-from pipelines.storage import Store
+from pipelines.sources.places import ALLOWING, allowing, lies_in, place_of
+from pipelines.sources.text import Fault, printable
+from pipelines.storage import Store, is_local
 
 
 @dataclass(frozen=True)
 class File:
-    """A file of the folder: its path relative to it, key and lower-cased extension."""
+    """A file of the folder `root`: its path relative to it, key and lower-cased extension."""
 
     path: str
     key: str
     extension: str
     entry: Entry
+    root: str
 
 
 def plan(uri: str, settings: ReadConfig, store: Store, slices: dict[str, int]) -> list[Shard]:
-    """One shard a slice, by the listing alone; the number of slices is looked up in `slices` or put there."""
-    files = _files(uri, store)
+    """One shard a slice, by the listing alone; the number of slices is looked up in `slices` or put there.
+
+    Raises: InputError where the folder holds no files, or nothing but links that lead out of it.
+    """
+    files, name = _files(uri, store), masked(uri)
     if not files:
         raise InputError(f"{uri} holds no files", "Name a folder with images in it.")
-    if uri not in slices:
-        slices[uri] = slice_count(len({file.key for file in files}), settings.samples_per_slice)
+    if all(_leads_out(file, settings) for file in files):
+        place = printable(place_of(files[0].entry.uri))
+        raise InputError(
+            f"The files of {uri} are links that lead out of it, to {place}",
+            f"Name that folder, or allow it: {allowing(place, settings.allow)}",
+        )
+    if name not in slices:
+        slices[name] = slice_count(len({file.key for file in files}), settings.samples_per_slice)
+    count = slices[name]
     return [
-        Shard(shard_id(uri, slice_piece((k, slices[uri]))), uri, "folder", version, size, slice=(k, slices[uri]))
-        for k, (version, size) in enumerate(_versions(files, slices[uri]))
+        Shard(shard_id(uri, slice_piece((k, count))), uri, "folder", version, size, slice=(k, count))
+        for k, (version, size) in enumerate(_versions(files, count))
     ]
 
 
@@ -64,11 +78,18 @@ def samples(shard: Shard, settings: ReadConfig, store: Store) -> Iterator[Sample
 
 
 def _files(uri: str, store: Store) -> list[File]:
-    """Everything in the folder, or that the pattern matches, but what desktops and tools leave there."""
+    """Everything in the folder, or that the pattern matches, but what desktops and tools leave there. Links to
+    folders are not among it."""
     sign = None if store.is_folder(uri) else re.search(r"[*?\[]", uri)
     root = uri[: sign.start()].rpartition("/")[0] if sign else uri
     entries = store.glob(uri) if sign else store.entries(uri)
     return [file for entry in entries if (file := _file(entry, root)) is not None]
+
+
+def _leads_out(file: File, settings: ReadConfig) -> bool:
+    """Whether the file is a symbolic link to what is not in the folder and not allowed."""
+    uri = file.entry.uri
+    return is_local(uri) and Path(uri).is_symlink() and not lies_in(uri, (file.root, *settings.allow))
 
 
 def _file(entry: Entry, root: str) -> File | None:
@@ -78,7 +99,7 @@ def _file(entry: Entry, root: str) -> File | None:
     folder, slash, name = path.rpartition("/")
     stem, dot, extension = name.rpartition(".")
     key = f"{folder}{slash}{stem if dot else name}"
-    return File(path, printable(key), extension.lower() if dot else "", entry)
+    return File(path, printable(key), extension.lower() if dot else "", entry, root)
 
 
 def _versions(files: Iterable[File], slices: int) -> Iterator[tuple[str, int]]:
@@ -120,7 +141,9 @@ def _members(file: File, settings: ReadConfig, store: Store) -> list[Member]:
     member = Member(file.extension, uri=printable(file.entry.uri), length=file.entry.bytes)
     is_caption = file.extension in ("txt", "caption")
     limit = MAX_METADATA_BYTES if is_caption else limit_of(member, settings)
-    if file.entry.bytes > limit:
+    if _leads_out(file, settings):
+        member.fault = Fault("forbidden_link", f"leads to {printable(place_of(file.entry.uri))}: {ALLOWING}")
+    elif file.entry.bytes > limit:
         member.fault = too_large(member, limit)
     else:
         member.data = _read(file.entry, store)

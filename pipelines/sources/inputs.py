@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import posixpath
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 
 from braceexpand import braceexpand
 
 from pipelines.contracts import Entry
 from pipelines.errors import InputError
+from pipelines.sources.fetch import require_allowed
 from pipelines.sources.identity import shard_id
 from pipelines.sources.kinds import Kind, basename, kind_of, stem
+from pipelines.sources.places import is_web
 from pipelines.storage import Store, is_local, protocol_of, whole_uri
 
 _FORMAT_KINDS: dict[str, Kind] = {"tar": "tar", "parquet": "parquet", "manifest": "manifest"}
@@ -20,12 +22,13 @@ _FORMATS = "Known are tar, tar.gz, Parquet, JSON lines, CSV, Karpathy's JSON, an
 
 @dataclass
 class Found:
-    """The objects of each kind, each once."""
+    """The objects of each kind, each once. allow: places that lists from the network may name."""
 
     tars: dict[str, Entry] = field(default_factory=dict)
     parquets: dict[str, Entry] = field(default_factory=dict)
     manifests: dict[str, None] = field(default_factory=dict)
     folders: dict[str, None] = field(default_factory=dict)
+    allow: Sequence[str] = ()
 
     def add(self, kind: Kind, entries: Iterable[Entry]) -> None:
         for entry in entries:
@@ -35,9 +38,12 @@ class Found:
                 (self.tars if kind == "tar" else self.parquets)[shard_id(entry.uri)] = entry
 
 
-def find(inputs: list[str], format_: str, store: Store) -> Found:
-    """Everything the inputs name. Raises: InputError where one names nothing, or nothing that is known."""
-    found = Found()
+def find(inputs: list[str], format_: str, store: Store, allow: Sequence[str] = ()) -> Found:
+    """Everything the inputs name. allow: places that lists from the network may name too.
+
+    Raises: InputError where one names nothing, nothing that is known, or what it may not.
+    """
+    found = Found(allow=allow)
     for given in inputs:
         try:
             _find(given, format_, store, found)
@@ -170,12 +176,24 @@ def _add_list(uri: str, format_: str, store: Store, found: Found, lists: tuple[s
         found.manifests[uri] = None
         return
     uris = dict.fromkeys(name for line in named for name in _expand_braces(_absolute(line, uri)))
+    if not is_local(uri):
+        for name in uris:
+            _require_reachable(name, uri, found.allow)
     files = {name: None for name in uris if not _is_pattern(name) and kind_of(name) not in (None, "list")}
     if files:
         _add_files(store.stat_many(list(files)), uri, format_, found)
     for name in uris:
         if name not in files and name != uri:
             _find(name, format_, store, found, (*lists, uri))
+
+
+def _require_reachable(name: str, listing: str, allow: Sequence[str]) -> None:
+    """A list of the user's own may name anything, as the command may; one that came over the network may send us
+    to other buckets, but not to this machine's files or network. Raises: InputError."""
+    if "::" in name:
+        raise InputError(f"{listing} names {name}, which is no plain address", "Name the objects themselves.")
+    if is_local(name) or is_web(name):
+        require_allowed(name, listing, allow)
 
 
 def _text(uri: str, store: Store, lists: tuple[str, ...]) -> str:

@@ -12,8 +12,9 @@ from typing import Any
 from pipelines.config import ReadConfig
 from pipelines.contracts import Sample, Shard
 from pipelines.errors import ChangedInputError, InputError
+from pipelines.secrets import masked
 from pipelines.sources.columns import columns_of, key_in, reference_in, sample_of
-from pipelines.sources.fetch import fetch_image, in_order
+from pipelines.sources.fetch import fetch_image, in_order, require_allowed
 from pipelines.sources.identity import shard_id, slice_count, slice_of, slice_piece
 from pipelines.sources.members import rejected_row, without_repeats
 from pipelines.sources.rows import Row, rows
@@ -25,14 +26,19 @@ def plan(uri: str, settings: ReadConfig, store: Store, slices: dict[str, int]) -
     """One shard a slice. The manifest is read through once to know what each slice holds, and once more the
     first time, to count it; the number of slices is looked up in `slices` or put there.
 
-    Raises: InputError where it holds no row, or the first has neither an image nor a caption.
+    Raises: InputError where it holds no row, or the first has neither an image nor a caption, or an image that
+    it may not name: all the others are likely to be like it.
     """
-    if uri not in slices:
-        slices[uri] = slice_count(_count(uri, settings, store), settings.samples_per_slice)
-    count = slices[uri]
+    name = masked(uri)
+    if name not in slices:
+        slices[name] = slice_count(_count(uri, settings, store), settings.samples_per_slice)
+    count = slices[name]
     digests = [hashlib.sha256() for _ in range(count)]
     sizes = [0] * count
+    first_reference = ""
     for row in rows(uri, store, settings.splits):
+        if not first_reference and (first_reference := _reference(row, settings) or ""):
+            require_allowed(first_reference, uri, settings.allow)
         k = slice_of(key_of(row, settings), count)
         digests[k].update(row.digest.encode())
         sizes[k] += len(row.raw)
@@ -50,7 +56,7 @@ def samples(shard: Shard, settings: ReadConfig, store: Store) -> Iterator[Sample
     """
 
     def finish(made: tuple[Sample, str | None]) -> Sample:
-        return fetch_image(made[0], made[1], shard.uri, store, settings.max_image_bytes)
+        return fetch_image(made[0], made[1], shard.uri, settings, store)
 
     yield from without_repeats(in_order(finish, _samples(shard, settings, store)))
 
@@ -61,16 +67,22 @@ def key_of(row: Row, settings: ReadConfig) -> str:
     if row.values is None:
         return f"bad-{row.digest}"
     columns = columns_of(row.values, settings)
-    reference = reference_in(row.values.get(columns.image)) if columns.image else None
-    return key_in(row.values, columns) or printable(reference or f"row-{row.digest}")
+    return key_in(row.values, columns) or printable(_reference(row, settings) or f"row-{row.digest}")
+
+
+def _reference(row: Row, settings: ReadConfig) -> str | None:
+    """The path or URL of the row's image."""
+    columns = columns_of(row.values or {}, settings)
+    return reference_in((row.values or {}).get(columns.image)) if columns.image else None
 
 
 def _count(uri: str, settings: ReadConfig, store: Store) -> int:
-    count = 0
+    count, checked = 0, False
     for row in rows(uri, store, settings.splits):
-        if count == 0 and row.values is not None:
-            _require_columns(uri, row.values, settings)
         count += 1
+        if not checked and row.values is not None:
+            _require_columns(uri, row.values, settings)
+            checked = True
     if not count:
         taken = f" of the splits {', '.join(settings.splits)}" if settings.splits else ""
         raise InputError(f"{uri} has no rows{taken}", "Check the file and the setting read.splits.")

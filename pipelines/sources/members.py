@@ -130,16 +130,22 @@ def _json(members: list[Member]) -> tuple[dict[str, Any], dict[str, Any], Fault 
     member = next((member for member in members if member.extension == "json"), None)
     if member is None:
         return {}, {}, None
-    text = member.fault or decoded(member.data or b"")
+    text = decoded(member.data or b"")
     try:
-        if isinstance(text, Fault):
-            raise ValueError(text.detail)
-        value = parse_json(text)
-        value = value if isinstance(value, dict) else {"json": value}
-        return value, plain(value, set()), None
+        fault = member.fault
+        if fault is None:
+            value = parse_json(_required(text))
+            value = value if isinstance(value, dict) else {"json": value}
+            return value, plain(value, set()), None
     except ValueError as error:
         fault = Fault("bad_json", printable(str(error)))
-        return {}, {"_error": f"json: {fault.detail}"}, fault
+    return {}, {"_error": f"json: {fault.detail}"}, fault
+
+
+def _required(text: str | Fault) -> str:
+    if isinstance(text, Fault):
+        raise ValueError(text.detail)
+    return text
 
 
 def _caption_values(texts: list[str | Fault], values: dict[str, Any], bad_json: Fault | None) -> list[Any]:

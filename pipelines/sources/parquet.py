@@ -19,8 +19,8 @@ from pipelines.config import ReadConfig
 from pipelines.contracts import Entry, Sample, Shard
 from pipelines.errors import InputError, StorageError
 from pipelines.sources.arrow import is_bytes, values_of
-from pipelines.sources.columns import Columns, columns_of, key_in, sample_of
-from pipelines.sources.fetch import fetch_image, in_order
+from pipelines.sources.columns import Columns, columns_of, key_in, reference_in, sample_of
+from pipelines.sources.fetch import fetch_image, in_order, require_allowed
 from pipelines.sources.identity import object_version, shard_id
 from pipelines.sources.kinds import basename
 from pipelines.sources.members import MAX_FIELD_BYTES, rejected_row
@@ -31,6 +31,9 @@ from pipelines.stream import READ_BLOCK_BYTES
 FOOTER_THREADS = 16
 CUT_ABOVE_BYTES = 64 * 2**20
 _BATCH_ROWS = 32
+_PROBED_FILES = 8
+_PROBE_BYTES = 2**16
+_MANY_ROWS = 2**20
 _MAX_GROUP_BYTES = 128 * 2**20
 # pyarrow raises OSError, ValueError (ArrowInvalid) and others for bytes that are not Parquet.
 _TORN = (pa.ArrowException, OSError, ValueError)
@@ -43,9 +46,10 @@ class TornError(Exception):
 def plan(entries: list[Entry], settings: ReadConfig, store: Store) -> list[Shard]:
     """Small files whole, by the listing alone; the footers of large ones are read to cut them.
 
-    Raises: InputError where the first file has neither an image nor a caption column.
+    Raises: InputError where none of the first few files has an image or a caption column, or where the first image
+    of one is named where it may not be.
     """
-    _require_columns(entries[0], settings, store)
+    _require_columns(entries, settings, store)
     with ThreadPoolExecutor(FOOTER_THREADS) as pool:
         return [
             shard for shards in pool.map(lambda entry: _pieces(entry, settings, store), entries) for shard in shards
@@ -55,7 +59,7 @@ def plan(entries: list[Entry], settings: ReadConfig, store: Store) -> list[Shard
 def samples(shard: Shard, settings: ReadConfig, store: Store) -> Iterator[Sample]:
     """In the order of the file. Rows of a row group that cannot be read are rejects, one each."""
     rows = _rows(shard, settings, store)
-    yield from in_order(lambda row: fetch_image(row[0], row[1], shard.uri, store, settings.max_image_bytes), rows)
+    yield from in_order(lambda row: fetch_image(row[0], row[1], shard.uri, settings, store), rows)
 
 
 @contextmanager
@@ -69,14 +73,34 @@ def _told_from_storage() -> Iterator[None]:
         raise TornError(printable(str(error))) from error
 
 
-def _require_columns(entry: Entry, settings: ReadConfig, store: Store) -> None:
-    try:
-        with store.open(entry.uri) as file, _told_from_storage():
-            names = pq.ParquetFile(file).schema_arrow.names
-    except TornError:
-        return
-    if problem := _missing_columns(names, settings):
-        raise InputError(f"{entry.uri} {problem}", "Name them with read.image_column and read.caption_column.")
+def _require_columns(entries: list[Entry], settings: ReadConfig, store: Store) -> None:
+    """A file of other columns is a reject among good ones; where there are only such, the settings are wrong."""
+    problem = ""
+    for entry in entries[:_PROBED_FILES]:
+        try:
+            with store.open(entry.uri, listed=True) as stream, _told_from_storage():
+                file = pq.ParquetFile(stream, buffer_size=_PROBE_BYTES, pre_buffer=False)
+                names = file.schema_arrow.names
+                reference = _first_reference(file, columns_of(names, settings).image)
+        except TornError:
+            continue
+        missing = _missing_columns(names, settings)
+        if not missing and reference:
+            require_allowed(reference, entry.uri, settings.allow)
+        if not missing:
+            return
+        problem = problem or f"{entry.uri} {missing}"
+    if problem:
+        raise InputError(problem, "Name them with read.image_column and read.caption_column.")
+
+
+def _first_reference(file: Any, image: str | None) -> str | None:
+    """The path or URL of the first row's image, None where it has bytes."""
+    if image is None or not file.num_row_groups:
+        return None
+    batch = next(file.iter_batches(1, row_groups=[0], columns=[image], use_threads=False), None)
+    (value,) = values_of(batch.column(0)) if batch else [None]
+    return None if isinstance(value, dict) and value.get("bytes") else reference_in(value)
 
 
 def _missing_columns(names: list[str], settings: ReadConfig) -> str:
@@ -94,7 +118,7 @@ def _pieces(entry: Entry, settings: ReadConfig, store: Store) -> list[Shard]:
     if entry.bytes <= CUT_ABOVE_BYTES:
         return [whole]
     try:
-        with store.open(entry.uri) as file, _told_from_storage():
+        with store.open(entry.uri, listed=True) as file, _told_from_storage():
             footer = pq.ParquetFile(file).metadata
     except TornError:
         return [whole]
@@ -131,12 +155,12 @@ def _open(stream: BufferedReader) -> Any:
 
 
 def _group_bytes(footer: Any, index: int) -> int:
-    group = footer.row_group(index)
-    return sum(group.column(i).total_compressed_size for i in range(group.num_columns))
+    """As unpacked. The sizes of its columns are better left unasked: pyarrow ends the process where theirs are bad."""
+    return int(footer.row_group(index).total_byte_size)
 
 
 def _rows(shard: Shard, settings: ReadConfig, store: Store) -> Iterator[tuple[Sample, str | None]]:
-    with store.open(shard.uri) as stream:
+    with store.open(shard.uri, listed=True) as stream:
         try:
             with _told_from_storage():
                 file = _open(stream)
@@ -158,14 +182,25 @@ def _rows(shard: Shard, settings: ReadConfig, store: Store) -> Iterator[tuple[Sa
 def _group_rows(
     file: Any, group: int, numbers: range, shard: Shard, settings: ReadConfig
 ) -> Iterator[tuple[Sample, str | None]]:
-    """Rows of one row group. numbers: the rows' numbers in the file."""
+    """Rows of one row group. numbers: the rows' numbers in the file, as the footer has them."""
     columns = columns_of(file.schema_arrow.names, settings)
-    left = iter(numbers)
+    found = 0
+    fault = Fault("corrupt_row_group", f"row group {group} ends early")
     for row in _readable(file, group, columns):
         if isinstance(row, Fault):
-            yield from ((rejected_row(str(number), shard.uri, row), None) for number in left)
+            fault = row
         else:
-            yield _sample(row, next(left), columns, group, shard, settings)
+            yield _sample(row, numbers.start + found, columns, group, shard, settings)
+            found += 1
+    yield from ((sample, None) for sample in _lost(numbers[found:], fault, shard))
+
+
+def _lost(numbers: range, fault: Fault, shard: Shard) -> Iterator[Sample]:
+    """A reject a row; one for all where a broken footer claims more rows than the file could well have."""
+    if len(numbers) > max(shard.bytes, _MANY_ROWS):
+        numbers, fault = numbers[:1], Fault(fault.reason, f"{len(numbers)} rows: {fault.detail}")
+    for number in numbers:
+        yield rejected_row(str(number), shard.uri, fault)
 
 
 def _sample(
@@ -199,7 +234,19 @@ def _readable(file: Any, group: int, columns: Columns) -> Iterator[dict[str, Any
 def _large_fields(file: Any, group: int, columns: Columns) -> list[str]:
     """Columns of bytes whose mean in the group is too large for metadata: they are not even read."""
     footer = file.metadata.row_group(group)
-    chunks = [footer.column(i) for i in range(footer.num_columns)]
-    large = {c.path_in_schema for c in chunks if c.total_uncompressed_size > MAX_FIELD_BYTES * footer.num_rows}
+    most = MAX_FIELD_BYTES * footer.num_rows
     fields = [field.name for field in file.schema_arrow if is_bytes(field.type) and field.name not in columns]
-    return [name for name in fields if name in large]
+    if not fields or footer.total_byte_size <= most or not _is_sound(file, group, fields):
+        return []
+    chunks = {file.schema.column(i).path: i for i in range(footer.num_columns)}
+    return [name for name in fields if footer.column(chunks[name]).total_uncompressed_size > most]
+
+
+def _is_sound(file: Any, group: int, fields: list[str]) -> bool:
+    """Whether the first row can be had. Where not, asking the footer for a column's size would end the process."""
+    try:
+        with _told_from_storage():
+            next(file.iter_batches(1, row_groups=[group], columns=fields, use_threads=False), None)
+    except TornError:
+        return False
+    return True

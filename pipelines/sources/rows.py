@@ -8,6 +8,7 @@ import io
 import json
 import re
 import zlib
+from collections import deque
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, BinaryIO, cast
@@ -107,20 +108,86 @@ def _object(raw: str) -> Parsed:
 
 def _csv(text: io.TextIOWrapper, delimiter: str) -> Iterator[Parsed]:
     csv.field_size_limit(MAX_ROW_BYTES)
-    reader = csv.reader(text, delimiter=delimiter)
+    lines = _Lines(text)
+    reader = csv.reader(lines, delimiter=delimiter, strict=True)
     header: list[str] | None = None
     while True:
-        try:
-            fields = next(reader, None)
-        except csv.Error as error:
-            yield f"line {reader.line_num}", None, str(error)
-            continue
-        if fields is None:
+        fields, raw = _csv_record(reader, lines, delimiter, None if header is None else len(header))
+        if not raw:
             return
-        if header is None:
+        if isinstance(fields, str):
+            yield raw, None, fields
+        elif header is None:
             header = [name.strip() for name in fields]
         elif fields:
             yield _record(header, fields)
+
+
+class _Lines:
+    """The lines of a text; those of the record at hand can come again."""
+
+    def __init__(self, text: io.TextIOWrapper) -> None:
+        self._text, self._again, self._size = text, deque[str](), 0
+        self.record: list[str] = []
+
+    def __iter__(self) -> _Lines:
+        return self
+
+    def __next__(self) -> str:
+        """Ends at the end of the text, and where the record is larger than any may be."""
+        line = "" if self._size >= MAX_ROW_BYTES else self._next()
+        if not line:
+            raise StopIteration
+        self.record.append(line)
+        self._size += len(line)
+        return line
+
+    def _next(self) -> str:
+        if self._again:
+            return self._again.popleft()
+        line = self._text.readline(MAX_ROW_BYTES)
+        if len(line) >= MAX_ROW_BYTES and not line.endswith("\n"):
+            _to_line_end(self._text)
+        return line
+
+    def begin(self) -> None:
+        self.record, self._size = [], 0
+
+    def take_back(self) -> None:
+        """All lines of the record but its first will come again."""
+        self._again.extendleft(reversed(self.record[1:]))
+        del self.record[1:]
+
+
+def _csv_record(
+    reader: Iterator[list[str]], lines: _Lines, delimiter: str, width: int | None
+) -> tuple[list[str] | str, str]:
+    """Fields, or what is wrong with them, and the text of the next record, empty at the end.
+
+    A quote that is never closed takes the rows behind it for its own text, up to the next quote or the end of
+    the file. So a record of several lines that has not `width` fields is a bad line, and its others are read again.
+    """
+    lines.begin()
+    fields: list[str] | str
+    try:
+        fields = next(reader, [])
+    except csv.Error as error:
+        fields = str(error) if len(lines.record) > 1 else _loosely(lines.record[0], delimiter)
+    if len(lines.record) > 1 and (isinstance(fields, str) or len(fields) != (width or len(fields))):
+        lines.take_back()
+        fields = "a quote is not closed on its line"
+    raw = "".join(lines.record)
+    return (f"longer than {MAX_ROW_BYTES} characters" if len(raw) >= MAX_ROW_BYTES else fields), raw
+
+
+def _loosely(line: str, delimiter: str) -> list[str] | str:
+    """Of a line with quotes where none belong, `"5" pipe"`, as spreadsheets read it."""
+    reader = csv.reader([line, ""], delimiter=delimiter)
+    try:
+        fields = next(reader)
+    except csv.Error as error:
+        return str(error)
+    return fields if reader.line_num == 1 else "a quote is not closed on its line"
 
 
 def _record(header: list[str], fields: list[str]) -> Parsed:

@@ -41,7 +41,7 @@ def samples(shard: Shard, settings: ReadConfig, store: Store) -> Iterator[Sample
 
     Raises: StorageError where fewer bytes came than were listed, so that the shard is read again.
     """
-    with store.open(shard.uri) as stream:
+    with store.open(shard.uri, listed=True) as stream:
         for sample in without_repeats(_samples(shard, settings, stream)):
             _require_whole(shard, stream, sample)
             yield sample
@@ -79,9 +79,11 @@ def _broken_off(
     """Inside a file, its sample is incomplete; between files, none is known to be."""
     if broken.inside and members:
         members[-1].fault = broken.fault
-        yield reject_all(assemble(key, members, settings), broken.fault)
-        return
-    if members:
+        cut = reject_all(assemble(key, members, settings), broken.fault)
+        yield cut
+        if any(reject.reason == broken.fault.reason for reject in cut.rejects):
+            return  # else every item of it was rejected for faults of its own, and nothing would tell of the break
+    elif members:
         yield from _assembled(key, members, settings)
     yield rejected_row(f"{basename(shard.uri)}#end", shard.uri, broken.fault)
 

@@ -57,7 +57,10 @@ def test_the_least_recipe_leaves_choices_open(tmp_path: Path) -> None:
         ({"name": ".."}, ["name", "'..'"]),
         ({"input": []}, ["input", "[]"]),
         ({"output": "/"}, ["output", "'/'", "must name a folder"]),
-        ({"storage": {"s3": "fast"}}, ["storage.s3", "'fast'"]),
+        ({"storage": {"s3": "fast"}}, ["storage.s3", "valid dictionary"]),
+        ({"read": {"allow": ["images"]}}, ["read.allow", "['images'] is not allowed", "images: a folder from / on"]),
+        ({"read": {"allow": "s3://"}}, ["read.allow", "s3://: a folder from / on, or a URL such as s3://bucket"]),
+        ({"read": {"allow": "/data/*"}}, ["read.allow", "a folder from / on"]),
     ],
 )
 def test_a_bad_setting_is_told_with_path_value_and_what_is_allowed(settings: dict[str, Any], told: list[str]) -> None:
@@ -138,3 +141,47 @@ def test_settings_as_recorded_are_settings_again() -> None:
 def test_settings_do_not_change_under_way() -> None:
     with pytest.raises(ValueError, match="frozen"):
         validate(RunConfig, LEAST).output = "elsewhere"  # type: ignore[misc]
+
+
+def test_allowed_places_are_a_list_or_words_with_commas() -> None:
+    places = ["/data/images", "s3://other/images", "http://10.0.0.5"]
+    assert validate(RunConfig, {**LEAST, "read": {"allow": ",".join(places)}}).read.allow == places
+    assert validate(RunConfig, {**LEAST, "read": {"allow": places}}).read.allow == places
+
+
+SECRET = "planted-7f3a"
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"storage": SECRET},
+        {"storage": {"s3": SECRET}},
+        {"storage": {"s3": [{"secret": SECRET}]}},
+        {"storge": {"s3": {"secret": SECRET}}},
+        {"s3": {"client_kwargs": [{"password": SECRET}]}},
+        {"secret": SECRET},
+        {"encode": {"token": SECRET}},
+        {"encode": {"precision": f"s3://u:{SECRET}@h"}},
+        {"input": [], "write": {"dtype": f"https://h/x?sig={SECRET}"}},
+        {"storage": {"s3": {"secret": SECRET}}, "format": SECRET},
+    ],
+)
+def test_no_message_shows_a_credential(settings: dict[str, Any]) -> None:
+    assert SECRET not in refusal(settings)
+
+
+@pytest.mark.parametrize("content", ["storage: {s3: {secret: %s", "secret: *%s", "secret: !%s x", "a: b: %s", "a: '%s"])
+def test_no_message_shows_a_line_of_a_broken_recipe(tmp_path: Path, content: str) -> None:
+    path = tmp_path / "recipe.yaml"
+    path.write_text(content % SECRET)
+    with pytest.raises(ConfigError, match="is not a YAML recipe") as refused:
+        load_config(path)
+    assert SECRET not in str(refused.value)
+
+
+def test_no_message_shows_what_an_override_goes_into(tmp_path: Path) -> None:
+    path = recipe(tmp_path, storage={"s3": {"secret": SECRET}})
+    with pytest.raises(ConfigError, match=r"secret: \*\*\* is not allowed") as refused:
+        load_config(path, {"storage.s3.secret.of": 1})
+    assert SECRET not in str(refused.value)

@@ -24,6 +24,7 @@ from pipelines.contracts import PIXELS, SAMPLE, Reject
 from pipelines.decode import Decode, decode_batch, open_image
 from pipelines.encoders import registry
 from pipelines.encoders.base import EncoderSpec
+from pipelines.scenes.damage import png_chunk
 from tests import checkpoints
 from tests.unit.encoders.inputs import encoded, picture, varied, with_orientation
 
@@ -136,12 +137,9 @@ def test_columns_that_were_widened_or_emptied_on_the_way(spec: EncoderSpec) -> N
 
 
 def png(width: int, height: int, *chunks: tuple[bytes, bytes], colour: int = 2) -> bytes:
-    def chunk(kind: bytes, data: bytes) -> bytes:
-        return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
-
     header = struct.pack(">IIBBBBB", width, height, 8, colour, 0, 0, 0)
     parts = [(b"IHDR", header), *chunks, (b"IDAT", zlib.compress(b"\0" * 100_000)), (b"IEND", b"")]
-    return b"\x89PNG\r\n\x1a\n" + b"".join(chunk(kind, data) for kind, data in parts)
+    return b"\x89PNG\r\n\x1a\n" + b"".join(png_chunk(kind, data) for kind, data in parts)
 
 
 @cache
@@ -154,9 +152,13 @@ def bad_images() -> dict[str, tuple[bytes, str]]:
         "html": (b"<!doctype html><html><body>404 Not Found</body></html>", "unidentified_image"),
         "noise": (bytes(range(256)) * 9, "unidentified_image"),
         "eps": (b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n%%EndComments\n", "unidentified_image"),
-        "header only": (jpeg[:3], "unidentified_image"),
+        "header only": (jpeg[:3], "truncated_image"),
         "cut jpeg": (jpeg[: len(jpeg) // 2], "truncated_image"),
         "cut png": (whole[: len(whole) // 2], "truncated_image"),
+        "cut webp": (encoded(picture(200, 150), "WEBP")[:3000], "truncated_image"),
+        "cut tiff": (encoded(picture(200, 150), "TIFF")[:3000], "truncated_image"),
+        "cut avif": (encoded(picture(200, 150), "AVIF")[:2000], "truncated_image"),
+        "bad header": (whole.replace(b"IHDR", b"IHDX"), "decode_failed"),
         "cut gif": (encoded(picture(200, 150).quantize(9), "GIF")[:3000], "truncated_image"),
         "bomb": (png(30_000, 30_000), "too_many_pixels"),
         "wide bomb": (png(2_000_000_000, 1), "too_many_pixels"),

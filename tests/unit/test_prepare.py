@@ -247,6 +247,17 @@ def test_a_decode_task_that_fits_no_node_is_refused(settings: dict[str, Any]) ->
         require_resources(run.config, small)
 
 
+def test_images_that_a_decode_task_has_no_memory_for_are_refused(settings: dict[str, Any]) -> None:
+    large = {"decode": {"max_pixels": 200_000_000}}
+    told = r"decode.max_pixels = 200,000,000 can take 2,673 MiB; a decode task has 1,024 MiB"
+    with pytest.raises(PreflightError, match=told) as refused:
+        require_resources(prepared(settings, **large).config, LAPTOP)
+    assert "cluster.memory_per_decode_task_mib to 2673" in refused.value.fix
+    enough = {**settings, **large, "cluster": {"memory_per_decode_task_mib": 2673}}
+    require_resources(prepared(enough).config, LAPTOP)
+    require_resources(prepared(settings).config, LAPTOP)
+
+
 def test_rows_read_in_another_way_do_not_mix(settings: dict[str, Any]) -> None:
     run = prepared(settings)
     write_record(run.store, run.record)

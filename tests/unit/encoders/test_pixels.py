@@ -92,6 +92,20 @@ def test_floats_are_scaled_by_their_range(scale: float) -> None:
     assert np.abs(pixels[..., 0].astype(int) - grey).max() <= 1
 
 
+@pytest.mark.parametrize("mode", ["RGBA", "LA", "P", "I", "I;16", "F"])
+def test_strips_of_a_large_image_make_the_whole(mode: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    image = sixteen_bit(67, 45) if mode.startswith("I") else see_through(67, 45)
+    image = image if mode == "I;16" else image.convert(mode)
+    if mode == "P":
+        image.info["transparency"] = 3
+    white = replace(SQUASH, size=(45, 67), alpha="white")
+    whole = to_pixels(image, white, 50)
+    assert np.ptp(whole) > 50
+    for pixels in (1, 200, 67 * 44):
+        monkeypatch.setattr("pipelines.encoders.pixels._STRIP_PIXELS", pixels)
+        assert np.array_equal(to_pixels(image, white, 50), whole)
+
+
 def test_a_float_image_of_nothing_is_black() -> None:
     nothing = Image.fromarray(np.full((32, 32), np.nan, np.float32))
     assert (to_pixels(nothing, CLIP, 50) == 0).all()

@@ -33,6 +33,16 @@ def tar_of(members: Iterable[tuple[str, bytes]], format_: int = tarfile.PAX_FORM
     return file.getvalue()
 
 
+def gnu_sparse(name: str, size: int, blocks_of_map: int) -> bytes:
+    """The header of a sparse member in GNU's old format, which tarfile cannot write, and the rest of its map."""
+    info = tarfile.TarInfo(name)
+    info.type, info.size = tarfile.GNUTYPE_SPARSE, size
+    head = bytearray(info.tobuf(tarfile.GNU_FORMAT))
+    head[482] = bool(blocks_of_map)
+    head[148:156] = b"%06o\0 " % (sum(head[:148]) + 8 * 32 + sum(head[156:512]))
+    return bytes(head) + b"".join(bytes(504) + bytes([k + 1 < blocks_of_map]) + bytes(7) for k in range(blocks_of_map))
+
+
 def put(name: str, data: bytes, folder: str = "") -> str:
     """The URI of an object in memory, in a folder of its own."""
     uri = f"memory:///{folder or uuid.uuid4().hex}/{name}"

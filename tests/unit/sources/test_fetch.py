@@ -82,6 +82,10 @@ def silence() -> Iterator[str]:
         yield f"http://127.0.0.1:{listening.getsockname()[1]}/x.jpg"
 
 
+def origin(url: str) -> str:
+    return url.removesuffix("?again").removesuffix("/x.jpg")
+
+
 def refusing() -> str:
     with silence() as url:
         return url
@@ -104,7 +108,7 @@ def test_what_a_web_server_answers(
     monkeypatch.setattr(web, "ATTEMPTS", 4)
     answer, given = answering(*statuses)
     with serving(answer) as url:
-        found = read_bounded(STORE, url, 10_000)
+        found = read_bounded(STORE, url, 10_000, [url])
     assert (found if isinstance(found, bytes) else found.reason) == expected
     assert len(given) == asked
 
@@ -120,7 +124,7 @@ def test_an_endless_image_is_read_up_to_what_is_allowed() -> None:
             pass
 
     with serving(endless) as url:
-        assert told(read_bounded(STORE, url, 2**20)) == "image_too_large"
+        assert told(read_bounded(STORE, url, 2**20, [url])) == "image_too_large"
 
 
 def test_a_body_that_breaks_off_is_no_image(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -132,14 +136,14 @@ def test_a_body_that_breaks_off_is_no_image(monkeypatch: pytest.MonkeyPatch) -> 
 
     monkeypatch.setattr(web, "ATTEMPTS", 2)
     with serving(cut) as url:
-        assert told(read_bounded(STORE, url, 10_000)) == "fetch_failed"
+        assert told(read_bounded(STORE, url, 10_000, [url])) == "fetch_failed"
 
 
 def test_a_silent_host_costs_one_timeout(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(web, "FETCH_TIMEOUT_S", 0.5)
     with silence() as url:
         started = time.monotonic()
-        assert told(read_bounded(STORE, url, 10_000)) == "fetch_failed"
+        assert told(read_bounded(STORE, url, 10_000, [url])) == "fetch_failed"
         assert 0.4 < time.monotonic() - started < 3
 
 
@@ -159,7 +163,7 @@ def test_a_host_that_trickles_is_left(monkeypatch: pytest.MonkeyPatch) -> None:
 
     with serving(trickle) as url:
         started = time.monotonic()
-        assert told(read_bounded(STORE, url, 10_000)) == "fetch_failed"
+        assert told(read_bounded(STORE, url, 10_000, [url])) == "fetch_failed"
         left.set()
         assert time.monotonic() - started < 4
 
@@ -167,7 +171,7 @@ def test_a_host_that_trickles_is_left(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize("url", ["http://", "http:///x.jpg", "http://[::1/x.jpg", "http://h:99999999/x.jpg"])
 def test_an_address_that_cannot_be_is_a_fault(url: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(web, "ATTEMPTS", 1)
-    assert told(read_bounded(STORE, url, 10_000)) == "fetch_failed"
+    assert told(read_bounded(STORE, url, 10_000, [url])) == "fetch_failed"
 
 
 def test_dead_urls_of_a_list_are_rejects_and_the_others_are_images(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -175,7 +179,7 @@ def test_dead_urls_of_a_list_are_rejects_and_the_others_are_images(monkeypatch: 
     with serving(answering(200)[0]) as there:
         urls = [there, refusing(), f"{there}?again"]
         records = [{"url": url, "caption": "c"} for url in urls]
-        found = read(put("a.jsonl", "\n".join(map(json.dumps, records)).encode()))
+        found = read(put("a.jsonl", "\n".join(map(json.dumps, records)).encode()), allow=[origin(url) for url in urls])
     assert [sample.image for sample in found] == [IMAGE, None, IMAGE]
     assert [reasons(sample) for sample in found] == [[], ["fetch_failed"], []]
     assert found[2].uri == urls[2]
@@ -190,8 +194,139 @@ def test_headers_of_the_settings_are_sent() -> None:
 
     with serving(note) as url:
         store = Store("", {"http": {"client_kwargs": {"headers": {"X-Token": "t"}}}})
-        assert read_bounded(store, url, 10_000) == IMAGE
+        assert read_bounded(store, url, 10_000, [url]) == IMAGE
     assert seen == ["t"]
+
+
+# -- where a URL may lead ------------------------------------------------------------------------
+
+
+def spelled(url: str, host: str) -> str:
+    return url.replace("127.0.0.1", host)
+
+
+SPELLINGS = [
+    "127.0.0.1", "localhost", "LOCALHOST", "0x7f000001", "0x7f.0.0.1", "0.0.0.0", "[::1]", "[::ffff:127.0.0.1]",
+    "[::ffff:7f00:1]", "user:pass@127.0.0.1", "127\u30020.0.1",
+]  # fmt: skip
+# aiohttp itself takes none of these.
+ODD_SPELLINGS = ["127.1", "2130706433", "0177.0.0.1", "127.0.0.1."]
+
+
+@pytest.mark.parametrize("host", SPELLINGS)
+def test_no_spelling_of_an_address_inside_is_fetched(host: str) -> None:
+    answer, given = answering(200)
+    with serving(answer) as url:
+        found = read_bounded(STORE, spelled(url, host), 10_000)
+    assert told(found) == "forbidden_url" and "read.allow" in found.detail
+    assert given == []
+
+
+@pytest.mark.parametrize("host", ODD_SPELLINGS)
+def test_no_odd_spelling_of_one_either(host: str) -> None:
+    answer, given = answering(200)
+    with serving(answer) as url:
+        assert told(read_bounded(STORE, spelled(url, host), 10_000)) in ("forbidden_url", "fetch_failed")
+    assert given == []
+
+
+@pytest.mark.parametrize("host", ["169.254.169.254", "10.0.0.5", "[fe80::1]", "[fd00:ec2::254]", "100.100.100.200"])
+def test_what_clouds_tell_machines_is_not_fetched(host: str) -> None:
+    assert told(read_bounded(STORE, f"http://{host}/latest/meta-data/", 10_000)) == "forbidden_url"
+
+
+def test_a_forbidden_address_is_not_tried_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    tried: list[str] = []
+
+    def noted(address: str) -> bool:
+        tried.append(address)
+        return False
+
+    monkeypatch.setattr(web, "is_public", noted)
+    assert told(read_bounded(STORE, "http://127.0.0.1:9/x.jpg", 10_000)) == "forbidden_url"
+    assert tried == ["127.0.0.1"]
+
+
+def test_one_port_of_a_host_does_not_open_another() -> None:
+    answer, given = answering(200)
+    with serving(answer) as url, serving(answering(200)[0]) as other:
+        assert told(read_bounded(STORE, url, 10_000, [origin(other)])) == "forbidden_url"
+        assert read_bounded(STORE, other, 10_000, [origin(other)]) == IMAGE
+    assert given == []
+
+
+def redirecting(*targets: str) -> tuple[Answer, list[str]]:
+    """To each in turn and to the last for ever; and the paths that were asked for."""
+    asked: list[str] = []
+
+    def answer(request: BaseHTTPRequestHandler) -> None:
+        request.send_response(302)
+        request.send_header("Location", targets[min(len(asked), len(targets) - 1)])
+        request.send_header("Content-Length", "0")
+        request.end_headers()
+        asked.append(request.path)
+
+    return answer, asked
+
+
+@pytest.mark.parametrize("host", ["127.0.0.1", "localhost", "[::ffff:127.0.0.1]", "169.254.169.254"])
+def test_a_redirect_to_an_address_inside_is_not_followed(host: str) -> None:
+    inside, given = answering(200)
+    with serving(inside) as target:
+        answer, asked = redirecting(spelled(target, host))
+        with serving(answer) as url:
+            assert told(read_bounded(STORE, url, 10_000, [origin(url)])) == "forbidden_url"
+    assert asked == ["/x.jpg"] and given == []
+
+
+@pytest.mark.parametrize("target", ["file:///etc/passwd", "s3://bucket/x.jpg", "ftp://127.0.0.1/x.jpg", "data:,x"])
+def test_a_redirect_to_what_is_not_the_web_is_not_followed(target: str) -> None:
+    answer, asked = redirecting(target)
+    with serving(answer) as url:
+        assert told(read_bounded(STORE, url, 10_000, [origin(url)])) == "forbidden_url"
+    assert asked == ["/x.jpg"]
+
+
+def test_redirects_to_what_is_allowed_are_followed_to_an_end() -> None:
+    with serving(answering(200)[0]) as target:
+        answer, asked = redirecting("y.jpg", "/z.jpg", target)
+        with serving(answer) as url:
+            assert read_bounded(STORE, url, 10_000, [origin(url), origin(target)]) == IMAGE
+        assert asked == ["/x.jpg", "/y.jpg", "/z.jpg"]
+    answer, asked = redirecting("x.jpg")
+    with serving(answer) as url:
+        assert told(read_bounded(STORE, url, 10_000, [origin(url)])) == "fetch_failed"
+    assert len(asked) == 11
+
+
+def test_strangers_are_sent_no_credentials(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[dict[str, str]] = []
+
+    def note(request: BaseHTTPRequestHandler) -> None:
+        seen.append({name.lower(): value for name, value in request.headers.items()})
+        answering(200)[0](request)
+
+    headers = {"X-Token": "t", "Authorization": "Bearer b", "User-Agent": "ours"}
+    options = {"client_kwargs": {"headers": headers, "cookies": {"session": "s"}}, "headers": {"X-Other": "o"}}
+    store = Store("", {"http": options})
+    with serving(note) as url:
+        assert read_bounded(store, url, 10_000, [origin(url)]) == IMAGE
+        monkeypatch.setattr(web, "is_public", lambda address: True)
+        assert read_bounded(store, url, 10_000) == IMAGE
+    ours, strangers = seen
+    sent = {"x-token": "t", "authorization": "Bearer b", "x-other": "o", "cookie": "session=s", "user-agent": "ours"}
+    assert ours.items() >= sent.items()
+    assert strangers.keys() & sent.keys() == {"user-agent"} and strangers["user-agent"] == "ours"
+
+
+def test_through_a_proxy_what_is_known_to_be_inside_is_not_asked_for() -> None:
+    answer, given = answering(200)
+    with serving(answer) as url:
+        store = Store("", {"http": {"proxy": origin(url)}})
+        assert read_bounded(store, "http://nowhere.invalid/x.jpg", 10_000) == IMAGE
+        for host in ("169.254.169.254", "0x7f.1", "localhost"):
+            assert told(read_bounded(store, f"http://{host}/x.jpg", 10_000)) == "forbidden_url"
+    assert given == [200]
 
 
 # -- an object store -----------------------------------------------------------------------------

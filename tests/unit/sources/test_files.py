@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from pipelines.config import ReadConfig
-from pipelines.errors import AccessError, ChangedInputError
+from pipelines.errors import AccessError, ChangedInputError, InputError
 from pipelines.sources import plan_shards, samples
 from pipelines.sources.identity import slice_count, slice_of
 from pipelines.storage import Store
@@ -97,3 +97,54 @@ def test_a_pattern_of_images_is_a_folder_of_them(folder: Path) -> None:
 @pytest.mark.parametrize(("samples_", "count"), [(0, 1), (1, 1), (10, 1), (11, 2), (21, 4), (40, 4), (41, 8)])
 def test_slice_counts_are_powers_of_two(samples_: int, count: int) -> None:
     assert slice_count(samples_, 10) == count
+
+
+# -- links ---------------------------------------------------------------------------------------
+
+
+def test_links_that_lead_out_of_the_folder_are_rejects_unless_allowed(tmp_path: Path) -> None:
+    inside, outside = tmp_path / "in", tmp_path / "out"
+    for folder in (inside, outside):
+        folder.mkdir()
+        (folder / "x.jpg").write_bytes(jpeg())
+        (folder / "x.txt").write_text("a secret caption" if folder == outside else "a caption")
+        (folder / "x.json").write_text('{"caption": "more", "license": "CC0"}')
+    (inside / "here.jpg").symlink_to(inside / "x.jpg")
+    (inside / "there.jpg").symlink_to(outside / "x.jpg")
+    (inside / "there.txt").symlink_to(outside / "x.txt")
+    (inside / "more.json").symlink_to(outside / "x.json")
+    found = {sample.key: sample for sample in read(inside)}
+    assert {key for key, sample in found.items() if not sample.rejects} == {"x", "here"}
+    assert reasons(found["there"]) == ["forbidden_link", "forbidden_link"]
+    assert f"leads to {outside}: the setting read.allow" in found["there"].rejects[0].detail
+    assert (found["there"].captions, found["there"].metadata["path"]) == ([None], "there.jpg")
+    assert "CC0" not in str(found["more"])
+    there = {sample.key: sample for sample in read(inside, allow=[str(outside)])}["there"]
+    assert (there.image, there.captions, there.rejects) == (jpeg(), ["a secret caption"], [])
+
+
+def test_a_folder_of_links_that_lead_out_of_it_is_refused_with_the_flag(tmp_path: Path) -> None:
+    inside, outside = tmp_path / "in", tmp_path / "out"
+    inside.mkdir()
+    outside.mkdir()
+    for number in range(3):
+        (outside / f"{number}.jpg").write_bytes(jpeg(number))
+        (inside / f"{number}.jpg").symlink_to(outside / f"{number}.jpg")
+    with pytest.raises(InputError, match=f"""read.allow='\\["{outside}"\\]'"""):
+        plan(inside)
+    assert [sample.image for sample in read(inside, allow=[str(outside)])] == [jpeg(number) for number in range(3)]
+    (tmp_path / "again").symlink_to(outside)
+    assert len(read(tmp_path / "again")) == 3
+
+
+def test_links_to_folders_are_not_gone_into(tmp_path: Path) -> None:
+    inside, outside = tmp_path / "in", tmp_path / "out"
+    for folder in (inside / "sub", outside):
+        folder.mkdir(parents=True)
+        (folder / "x.jpg").write_bytes(jpeg())
+    (inside / "loop").symlink_to(inside)
+    (inside / "sub" / "up").symlink_to(inside)
+    (inside / "there").symlink_to(outside)
+    (inside / "round.jpg").symlink_to(inside / "round.jpg")
+    for given in (inside, inside / "**" / "*.jpg"):
+        assert [sample.key for sample in read(given)] == ["sub/x"]

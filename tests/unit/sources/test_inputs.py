@@ -187,8 +187,8 @@ def test_names() -> None:
     ("reference", "listing", "expected"),
     [
         ("a/b.jpg", "/data/m.jsonl", "/data/a/b.jpg"),
-        ("/x/b.jpg", "/data/m.jsonl", "/x/b.jpg"),
-        ("file:///x/b.jpg", "/data/m.jsonl", "file:///x/b.jpg"),
+        ("/data/b.jpg", "/data/m.jsonl", "/data/b.jpg"),
+        ("file:///data/b.jpg", "/data/m.jsonl", "/data/b.jpg"),
         ("a/b.jpg", "s3://b/d/m.jsonl", "s3://b/d/a/b.jpg"),
         ("../i/b.jpg", "s3://b/d/m.jsonl", "s3://b/i/b.jpg"),
         ("https://h/x.jpg?y=1", "s3://b/m.jsonl", "https://h/x.jpg?y=1"),
@@ -210,3 +210,29 @@ def test_where_a_reference_points(reference: str, listing: str, expected: str | 
 def test_sources_need_no_ray_and_no_torch() -> None:
     code = "import sys, pipelines.sources; sys.exit(bool({'ray', 'torch', 'faiss'} & set(sys.modules)))"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+@pytest.mark.parametrize("name", ["file:///etc/x.tar", "http://169.254.169.254/x.tar", "http://localhost:1/x.tar"])
+def test_a_list_from_the_network_does_not_lead_inside(name: str) -> None:
+    listing = put("list.txt", name.encode())
+    with pytest.raises(InputError, match=r"leads to .*which an input may not name(.|\n)*--set read\.allow="):
+        plan(listing)
+
+
+def test_a_list_from_the_network_names_plain_addresses() -> None:
+    with pytest.raises(InputError, match="no plain address"):
+        plan(put("list.txt", b"zip://x.tar::file:///etc/x.zip"))
+
+
+def test_a_list_from_the_network_may_name_what_is_allowed(tmp_path: Path) -> None:
+    (tmp_path / "x.tar").write_bytes(tar_of([("a.txt", b"a")]))
+    listing = put("list.txt", f"file://{tmp_path}/x.tar".encode())
+    assert [sample.key for sample in read(listing, allow=[str(tmp_path)])] == ["a"]
+
+
+def test_a_list_of_ones_own_may_name_anything(tmp_path: Path) -> None:
+    for folder in ("lists", "data"):
+        (tmp_path / folder).mkdir()
+    (tmp_path / "data" / "x.tar").write_bytes(tar_of([("a.txt", b"a")]))
+    (tmp_path / "lists" / "list.txt").write_text(f"{tmp_path}/data/x.tar\n")
+    assert [sample.key for sample in read(tmp_path / "lists" / "list.txt")] == ["a"]

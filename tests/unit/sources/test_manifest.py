@@ -5,7 +5,10 @@ import random
 from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
+import yaml
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
@@ -80,6 +83,34 @@ def test_bad_lines_are_rows_of_their_own() -> None:
     assert (found[4].captions, found[4].metadata) == (["y"], {"_error": ["z: nested too deeply"], "_skipped": ["z"]})
     assert found[-1].captions == ["z"]
     assert "row 2" in found[1].rejects[0].detail
+
+
+@pytest.mark.parametrize(
+    ("lines", "expected"),
+    [
+        (['1,"open', "2,b", "3,c"], ["?", "b", "c"]),
+        (['1,"open', '2,"b"', "3,c"], ["?", "b", "c"]),
+        (['1,"open', '2,"b, ""c"""', "3,d"], ["?", 'b, "c"', "d"]),
+        (['1,"open', "2,b", '3,"c', "4,d"], ["?", "b", "?", "d"]),
+        (['"1,open', "2,b"], ["?", "b"]),
+        (["1,a", '2,"open'], ["a", "?"]),
+        (['1,"two', 'lines"', "2,b"], ["two\nlines", "b"]),
+        (['1,"5" pipe"', '2,5" pipe', "3,c"], ['5 pipe"', '5" pipe', "c"]),
+        (['1,"a" b,"open', "2,b"], ["?", "b"]),
+    ],
+)
+def test_a_quote_that_is_not_closed_costs_its_own_line_alone(lines: list[str], expected: list[str]) -> None:
+    found = read(put("a.csv", "\n".join(["key,caption", *lines]).encode()))
+    assert [sample.captions[0] if sample.captions else "?" for sample in found] == expected
+    assert all((reasons(sample) == ["bad_manifest_line"]) == (not sample.captions) for sample in found)
+
+
+def test_a_record_of_csv_is_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The rest of the file is not held in memory for a quote that is never closed, nor a line without end."""
+    monkeypatch.setattr(rows, "MAX_ROW_BYTES", 200)
+    text = 'key,caption\n1,"open\n' + "".join(f"{n},b\n" for n in range(2, 99)) + "99," + "x" * 5_000 + "\n100,c\n"
+    found = read(put("a.csv", text.encode()))
+    assert [sample.captions for sample in found] == [[], *[["b"]] * 97, [], ["c"]]
 
 
 def test_csv_quotes_lists_and_wrong_numbers_of_fields() -> None:
@@ -220,3 +251,77 @@ def test_a_manifest_that_is_gone_is_a_changed_input() -> None:
     STORE.delete([uri])
     with pytest.raises(ChangedInputError, match="is gone"):
         list(samples(shard, ReadConfig(), STORE))
+
+
+# -- what a manifest may name --------------------------------------------------------------------
+
+
+def listing(folder: Path, *images: str) -> Path:
+    path = folder / "set" / "a.jsonl"
+    path.parent.mkdir(exist_ok=True)
+    path.write_text("\n".join(json.dumps({"image": image, "caption": "c"}) for image in images))
+    return path
+
+
+def test_rows_that_lead_out_of_the_folder_are_rejects_unless_allowed(tmp_path: Path) -> None:
+    for folder in ("set", "images", "images2"):
+        (tmp_path / folder).mkdir()
+        (tmp_path / folder / "x.jpg").write_bytes(IMAGE)
+    (tmp_path / "set" / "link.jpg").symlink_to(tmp_path / "images" / "x.jpg")
+    out = ["../images/x.jpg", f"{tmp_path}/images/x.jpg", f"file://{tmp_path}/images/x.jpg", "link.jpg"]
+    path = listing(tmp_path, "x.jpg", *out, f"{tmp_path}/images2/x.jpg")
+    found = read(path)
+    assert [reasons(sample) for sample in found] == [[], *[["forbidden_url"]] * 5]
+    assert f"leads to {tmp_path}/images: the setting read.allow" in found[1].rejects[0].detail
+    assert [sample.image for sample in read(path, allow=[f"{tmp_path}/images"])] == [*[IMAGE] * 5, None]
+
+
+@pytest.mark.parametrize(
+    ("image", "place"),
+    [
+        ("../images/x.jpg", "{tmp_path}/images"),
+        ("s3://other/images/x.jpg", "s3://other"),
+        ("http://10.0.0.5:8080/x.jpg", "http://10.0.0.5:8080"),
+        ("http://169.254.169.254/x.jpg", "http://169.254.169.254"),
+        ("http://localhost/x.jpg", "http://localhost"),
+        ("http://[::1]:81/x.jpg", "http://[::1]:81"),
+    ],
+)
+def test_a_manifest_that_begins_elsewhere_is_refused_with_the_flag(tmp_path: Path, image: str, place: str) -> None:
+    (tmp_path / "images").mkdir()
+    path, place = listing(tmp_path, image), place.format(tmp_path=tmp_path)
+    for slices in ({}, {str(path): 1}):
+        with pytest.raises(InputError) as refused:
+            plan_shards([str(path)], "auto", ReadConfig(allow=["/nowhere"]), STORE, slices)
+        assert place in refused.value.what
+        assert f"""--set read.allow='["/nowhere", "{place}"]'""" in refused.value.fix
+    given = yaml.safe_load(refused.value.fix.split("read.allow='")[1].rstrip("'"))
+    assert len(plan_shards([str(path)], "auto", ReadConfig(allow=given), STORE, {})[0]) == 1
+
+
+def test_a_parquet_that_begins_elsewhere_is_refused_with_the_flag(tmp_path: Path) -> None:
+    for name, table in {
+        "plain": pa.table({"url": ["s3://other/x.jpg"]}),
+        "struct": pa.table({"image": [{"bytes": None, "path": "/etc/x.jpg"}]}),
+    }.items():
+        pq.write_table(table, tmp_path / f"{name}.parquet")
+        with pytest.raises(InputError, match=r"read\.allow='\[\"(s3://other|/etc)\"\]'"):
+            plan(tmp_path / f"{name}.parquet")
+        assert plan(tmp_path / f"{name}.parquet", allow=["s3://other", "/etc"])
+    bytes_first = pa.table({"image": [{"bytes": IMAGE, "path": "/etc/x.jpg"}]})
+    pq.write_table(bytes_first, tmp_path / "bytes.parquet")
+    assert [sample.image for sample in read(tmp_path / "bytes.parquet")] == [IMAGE]
+
+
+@pytest.mark.parametrize("image", ["x\0.jpg", "zip://a::x.jpg", "https://nowhere.invalid/x.jpg", ""])
+def test_a_manifest_that_begins_with_a_bad_row_is_planned(tmp_path: Path, image: str) -> None:
+    assert plan(listing(tmp_path, image, "x.jpg"))
+
+
+def test_the_slices_of_a_manifest_are_recorded_without_its_credentials() -> None:
+    uri = put("a.jsonl", b'{"key": "a", "caption": "b"}')
+    signed = f"{uri}?sig=planted"
+    STORE.put_atomic(signed, b'{"key": "a", "caption": "b"}')
+    _, slices = plan_shards([signed], "manifest", ReadConfig(), STORE, {})
+    assert slices == {f"{uri}?sig=***": 1}
+    assert plan_shards([signed], "manifest", ReadConfig(), STORE, {f"{uri}?sig=***": 4})[0][0].slice == (0, 4)

@@ -1,4 +1,5 @@
 import base64
+import dataclasses
 import datetime
 import io
 import json
@@ -116,6 +117,13 @@ def test_odd_values_are_rejects_not_exceptions() -> None:
     assert reasons(large) == ["caption_too_large", "image_too_large"]
 
 
+def test_a_time_zone_that_nobody_knows_costs_its_column_alone() -> None:
+    """Found by fuzzing: pytz raises a KeyError."""
+    times = pa.array([0], pa.timestamp("us", "Nowhere/City"))
+    (sample,) = read_parquet(pa.table({"caption": ["a dog"], "when": times, "n": [1]}))
+    assert (sample.captions, sample.rejects, sample.metadata["n"]) == (["a dog"], [], 1)
+
+
 def test_columns_of_bytes_are_kept_as_text_or_base64_and_large_ones_are_told() -> None:
     noise = bytes(range(256))
     table = {
@@ -202,6 +210,27 @@ def test_a_file_of_other_columns_among_good_ones_is_one_reject() -> None:
     assert reasons(found[-1]) == ["wrong_columns"]
 
 
+def test_a_file_of_other_columns_before_good_ones_is_one_reject() -> None:
+    folder = put("a.parquet", file_of({"n": [1]})).rpartition("/")[0]
+    put("b.parquet", b"torn", folder.split("/")[3])
+    put("c.parquet", file_of({"image": IMAGES}), folder.split("/")[3])
+    assert [reasons(sample) for sample in read(folder)] == [["wrong_columns"], ["corrupt_shard"], *[[]] * 6]
+
+
+def test_rows_that_the_footer_has_and_the_file_has_not_are_rejects(monkeypatch: pytest.MonkeyPatch) -> None:
+    """One each, but one for all where the number itself is of the broken footer's making."""
+    whole = file_of({"image": IMAGES}, use_dictionary=False)
+    uri = put("a.parquet", whole)
+    monkeypatch.setattr(parquet, "_readable", lambda *_: iter([{"image": IMAGES[0]}]))
+    assert [reasons(sample) for sample in read(uri)] == [[], *[["corrupt_row_group"]] * 5]
+    monkeypatch.setattr(parquet, "_MANY_ROWS", 4)
+    (shard,) = plan(uri)
+    few = dataclasses.replace(shard, bytes=4)
+    lost = list(parquet.samples(few, ReadConfig(), STORE))
+    assert [reasons(sample) for sample in lost] == [[], ["corrupt_row_group"]]
+    assert lost[-1].rejects[0].detail.startswith("5 rows: ")
+
+
 def test_rows_of_a_damaged_row_group_are_rejects_one_each() -> None:
     data = bytearray(file_of({"image": IMAGES * 10}, row_group_size=20, compression="zstd", use_dictionary=False))
     start = pq.ParquetFile(io.BytesIO(data)).metadata.row_group(1).column(0).data_page_offset
@@ -219,7 +248,7 @@ class FailingStore(Store):
     error: Exception = field(default_factory=lambda: StorageError("the network is gone"))
     first_bytes: int = 200
 
-    def open(self, path: str) -> io.BufferedReader:
+    def open(self, path: str, listed: bool = False) -> io.BufferedReader:
         error, first_bytes = self.error, self.first_bytes
 
         class Failing(io.BytesIO):

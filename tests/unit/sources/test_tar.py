@@ -12,7 +12,7 @@ from pipelines.errors import ChangedInputError, StorageError
 from pipelines.sources import plan_shards, samples
 from pipelines.sources.archive import Archive
 from pipelines.storage import Store
-from tests.unit.sources.made import STORE, jpeg, plan, put, read, read_tar, reasons, tar_of
+from tests.unit.sources.made import STORE, gnu_sparse, jpeg, plan, put, read, read_tar, reasons, tar_of
 
 IMAGE = jpeg()
 
@@ -154,6 +154,35 @@ def test_links_and_devices_are_not_followed() -> None:
     assert [(sample.key, reasons(sample)) for sample in found] == [(key, ["not_a_file"]) for key in "abc"]
 
 
+@pytest.mark.parametrize("blocks_of_map", [0, 2])
+def test_a_sparse_member_is_no_file_and_what_follows_it_is_read(blocks_of_map: int) -> None:
+    """tarfile takes GNU's for a plain file, and its map for the file's bytes, where it is given a header alone."""
+    sparse, after = read_tar(gnu_sparse("a.jpg", 700, blocks_of_map) + bytes(1024) + tar_of(three(1)))
+    assert (sparse.key, reasons(sparse)) == ("a", ["not_a_file"])
+    assert (after.key, after.image, after.rejects) == ("00001", jpeg(1), [])
+
+
+@pytest.mark.parametrize(
+    ("members", "told"),
+    [
+        ([("a.json", b'{"caption": "cut"}')], [["truncated_shard"]]),
+        ([("a.txt", b"\xff"), ("a.json", b'{"caption": "cut"}')], [["not_utf8"], ["truncated_shard"]]),
+    ],
+)
+def test_a_cut_shows_though_the_sample_was_bad_before(members: list[tuple[str, bytes]], told: list[list[str]]) -> None:
+    """What is lost behind it is told of, and a network that broke off is not taken for a bad sample."""
+    data = tar_of(members)
+    found = read_tar(data[: data.index(b'{"caption"') + 5])
+    assert [reasons(sample) for sample in found] == told
+
+
+def test_zeros_without_end_behind_the_last_member_are_not_read_to_the_end(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("pipelines.sources.archive._MAX_PADDING_BLOCKS", 100)
+    near = tar_of(GOOD) + bytes(512 * 50) + tar_of(three(9))
+    far = tar_of(GOOD) + bytes(512 * 200) + tar_of(three(9))
+    assert [len(read_tar(data)) for data in (near, far)] == [5, 4]
+
+
 def test_every_cut_keeps_the_rows_before_it_and_shows() -> None:
     data = tar_of(three(0) + three(1))
     whole = read_tar(data)
@@ -203,7 +232,7 @@ def test_archives_joined_end_to_end_are_read_to_the_end() -> None:
 class ShortStore(Store):
     """A store whose connection ends early and says nothing of it."""
 
-    def open(self, path: str) -> io.BufferedReader:
+    def open(self, path: str, listed: bool = False) -> io.BufferedReader:
         return io.BufferedReader(io.BytesIO(super().open(path).read()[:3000]))  # type: ignore[arg-type]
 
 
