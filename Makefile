@@ -4,14 +4,20 @@ VENV ?= .venv
 BIN = $(VENV)/bin
 READY = $(VENV)/.ready
 
-.PHONY: demo test lint types setup bench lock
+.PHONY: demo test fault soak lint types setup bench lock
 
 demo: $(READY)
 	$(BIN)/vecmill demo
 
 test: $(READY)
 	$(BIN)/python -m pytest tests/unit tests/gpu -n 2 --dist loadfile
-	$(BIN)/python -m pytest tests/flow
+	$(BIN)/python -m pytest tests/flow tests/fault -m "not long"
+
+fault: $(READY)
+	$(BIN)/python -m pytest tests/fault
+
+soak: $(READY)
+	$(BIN)/python -m tests.fault.soak
 
 lint: $(READY)
 	$(BIN)/ruff check .

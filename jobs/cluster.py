@@ -8,12 +8,15 @@ import socket
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import cache
 from typing import Any
 
 from tenacity import Retrying, retry_if_exception_type, stop_after_delay, wait_fixed
 
+from jobs.signals import raise_when_stopped
 from pipelines.errors import PreflightError
 from pipelines.prepare import Cluster
+from pipelines.secrets import masked
 
 # One core may still read while the other encodes; Ray counts declared CPUs, not real ones.
 LEAST_LOCAL_CPUS = 3
@@ -45,6 +48,8 @@ def connected(address: str | None) -> Iterator[Cluster]:
             "Check --address or RAY_ADDRESS; without either, Ray is started on this machine.",
         ) from None
     quiet_console()
+    private_logs()
+    raise_when_stopped()
     try:
         yield resources(None if address else float(os.cpu_count() or 1))
     finally:
@@ -89,13 +94,28 @@ def quiet_start() -> Iterator[None]:
 
 
 def quiet_console() -> None:
-    """Ray Data's own lines go to its log file alone; ours say what a user needs."""
+    """Ray Data's own lines, tracebacks of tasks among them, go to its log file alone; ours say what a user needs."""
     import ray.data
 
     logging.getLogger(ray.__name__).setLevel(logging.ERROR)
     for handler in logging.getLogger(ray.data.__name__).handlers:
         if isinstance(handler, logging.StreamHandler):
-            handler.setLevel(logging.ERROR)
+            handler.setLevel(logging.CRITICAL)
+
+
+@cache
+def private_logs() -> None:
+    """Ray logs what its workers raised, and all that led to it, in words that are not ours: credentials go from it."""
+    make, form = logging.getLogRecordFactory(), logging.Formatter().formatException
+
+    def make_private(*fields: Any, **more: Any) -> logging.LogRecord:
+        record = make(*fields, **more)
+        record.msg, record.args = masked(record.getMessage()), None
+        if record.exc_info and record.exc_info[0]:
+            record.exc_text = masked(form(record.exc_info))
+        return record
+
+    logging.setLogRecordFactory(make_private)
 
 
 def resources(node_cpus: float | None) -> Cluster:

@@ -11,9 +11,18 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from pipelines.observe import Stages, duration
+from pipelines.secrets import masked
 
-out = Console(soft_wrap=True, highlight=False, emoji=False)
-err = Console(stderr=True, soft_wrap=True, highlight=False, emoji=False)
+
+class PrivateConsole(Console):
+    """Prints without credentials."""
+
+    def print(self, *objects: Any, **how: Any) -> None:
+        super().print(*(masked(each) if isinstance(each, str) else each for each in objects), **how)
+
+
+out = PrivateConsole(soft_wrap=True, highlight=False, emoji=False)
+err = PrivateConsole(stderr=True, soft_wrap=True, highlight=False, emoji=False)
 
 LINE_EVERY_S = 30.0
 

@@ -132,7 +132,6 @@ def section_lines(config: RunConfig) -> dict[str, str]:
 def run_embed(run: Prepared, prune: bool = False) -> None:
     """Exit code 3 where the whole output's share of rejects is above the ceiling."""
     from pipelines.embed import embed as embed_pending
-    from pipelines.ledger import retire
 
     pending, done = len(run.plan.pending), run.plan.done
     err.print(
@@ -140,13 +139,10 @@ def run_embed(run: Prepared, prune: bool = False) -> None:
         markup=False,
     )
     with RunProgress(pending) as progress:
-        report = embed_pending(run, progress)
+        report = embed_pending(run, progress, prune=prune, say=lambda line: err.print(line, markup=False))
     print_report(report)
     show_stale(run)
     show_vanished(run, prune)
-    if prune:
-        for ref in run.plan.vanished:
-            retire(run.store, ref)
     out.print(f"  report: {run.store.uri('reports/' + report['run'] + '.json')}", markup=False)
     if report["reject_rate"] > report["reject_ceiling"]:
         err.print(

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Annotated, Any, NamedTuple
 
 import typer
 import yaml
 
-from pipelines.config import RunConfig, load_config
+from pipelines.config import RunConfig, load_config, yaml_problem
 from pipelines.contracts import Modality
 from pipelines.errors import ConfigError
 from pipelines.storage import Store, whole_uri
@@ -66,11 +67,12 @@ def assignments_of(texts: list[str] | None) -> dict[str, Any]:
 def _assignment(text: str) -> tuple[str, Any]:
     key, equals, value = text.partition("=")
     if not equals or not key:
-        raise ConfigError(f"--set {text}: KEY=VALUE is expected", "As in --set encode.batch_size=32.")
+        shown = re.sub(r"[^\w.-].*", "…", text, flags=re.DOTALL)
+        raise ConfigError(f"--set {shown}: KEY=VALUE is expected", "As in --set encode.batch_size=32.")
     try:
         return key, yaml.safe_load(value)
     except yaml.YAMLError as error:
-        raise ConfigError(f"--set {text}: the value is not YAML: {error}") from None
+        raise ConfigError(f"--set {key}: the value is not YAML: {yaml_problem(error)}") from None
 
 
 def output_store_root(output: str) -> str:

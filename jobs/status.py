@@ -12,6 +12,7 @@ from pipelines.contracts import SAMPLES_FAMILY
 from pipelines.errors import InputError, StorageError
 from pipelines.ledger import Plan, make_plan, tally
 from pipelines.record import RunRecord, read_record
+from pipelines.secrets import MASK
 from pipelines.sources import plan_shards
 from pipelines.storage import Store
 
@@ -21,11 +22,11 @@ def status(output: OutputArgument, as_json: AsJson = False) -> None:
 
     Example: vecmill status s3://bucket/emb
     """
-    store = named_output(output).store
+    store, recipe = named_output(output)
     record = read_record(store)
     if not record.encoders:
         raise InputError(f"{store.root} is not the output of an embed run: it has no run.json", "Check the path.")
-    facts = {folder: _facts(store, record, folder) for folder in record.encoders}
+    facts = {folder: _facts(store, record, folder, recipe) for folder in record.encoders}
     if as_json:
         print(json.dumps(facts, indent=2))
         return
@@ -43,9 +44,15 @@ def status(output: OutputArgument, as_json: AsJson = False) -> None:
             out.print(f"  reject  {reason}: {count:,}", markup=False)
 
 
-def _plan(store: Store, record: RunRecord, folder: str) -> Plan | None:
-    """None where the input cannot be listed any more, which an output outlives."""
+def _plan(store: Store, record: RunRecord, folder: str, recipe: RunConfig | None) -> Plan | None:
+    """None where the input cannot be listed any more, which an output outlives. recipe: has the credentials of the
+    input's addresses, which are not recorded."""
     config = validate(RunConfig, record.settings)
+    if any(MASK in given for given in config.input):
+        if recipe is None:
+            err.print("What is pending is unknown: credentials of the input are not recorded; give the run's recipe.")
+            return None
+        config = config.model_copy(update={"input": recipe.input})
     try:
         shards, _ = plan_shards(config.input, config.format, config.read, Store(options=store.options), record.slices)
     except (InputError, StorageError) as error:
@@ -54,9 +61,9 @@ def _plan(store: Store, record: RunRecord, folder: str) -> Plan | None:
     return make_plan(store, shards, [SAMPLES_FAMILY, folder])
 
 
-def _facts(store: Store, record: RunRecord, folder: str) -> dict[str, Any]:
+def _facts(store: Store, record: RunRecord, folder: str, recipe: RunConfig | None) -> dict[str, Any]:
     counts, reasons, committed = tally(store, [folder])
-    plan = _plan(store, record, folder)
+    plan = _plan(store, record, folder, recipe)
     return {
         "done": plan.done if plan else committed,
         "pending": len(plan.pending) if plan else None,

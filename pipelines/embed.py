@@ -5,8 +5,6 @@ from __future__ import annotations
 import json
 import time
 import uuid
-from collections.abc import Iterator
-from contextlib import contextmanager
 from datetime import UTC, datetime
 from typing import Any
 
@@ -15,8 +13,10 @@ from ray.data import ActorPoolStrategy, DataContext
 
 from pipelines.decode import Decode
 from pipelines.encode import Encode
-from pipelines.errors import LedgerError, VecmillError
-from pipelines.ledger import conclude, settle, tally
+from pipelines.errors import LedgerError
+from pipelines.failures import plain_errors
+from pipelines.lease import Say, held
+from pipelines.ledger import conclude, retire, settle, tally
 from pipelines.meter import OnProgress, RemoteObserve, reading, reporting, start_meter
 from pipelines.observe import Observe, Stages, bottleneck
 from pipelines.prepare import Prepared, require_output
@@ -63,25 +63,40 @@ BATCHES_PER_CALL = 4
 """Micro-batches in one call of an actor, so that the copy of the next overlaps the compute of this one."""
 
 
-def embed(run: Prepared, on_progress: OnProgress = lambda stages: None, progress_interval_s: float = 1.0) -> Report:
+def embed(
+    run: Prepared,
+    on_progress: OnProgress = lambda stages: None,
+    progress_interval_s: float = 1.0,
+    prune: bool = False,
+    say: Say = lambda line: None,
+) -> Report:
     """Embeds what is pending and returns the run's report, which is also put under `reports/`.
 
-    Ray must be connected. Raises: VecmillError; whatever is committed by then stays.
+    Ray must be connected. prune: removes what was made of shards that have vanished from the input. say: told what
+    the run waits for. Raises: VecmillError; whatever is committed by then stays.
     """
     started = time.monotonic()
     require_output(run.store)
-    write_record(run.store, run.record)
-    settle(run.store, run.plan)
-    meter = start_meter()
-    if run.plan.pending:
-        configure(run)
-        sink = EmbeddingSink(run.store, run.families, run.config.write, run.plan, RemoteObserve(meter))
-        with reporting(meter, on_progress, progress_interval_s), plain_errors():
-            pipeline(run, RemoteObserve(meter)).write_datasink(sink, ray_remote_args={"num_cpus": 1})
-        finish(run)
-    report = make_report(run, reading(meter), time.monotonic() - started)
-    run.store.put_atomic(f"reports/{report['run']}.json", json.dumps(report, indent=2).encode())
+    with held(run.store, f"embed/{run.folder}", "embed", say=say):
+        write_record(run.store, run.record)
+        settle(run.store, run.plan)
+        meter = start_meter()
+        if run.plan.pending:
+            with reporting(meter, on_progress, progress_interval_s), plain_errors(run):
+                write_pending(run, RemoteObserve(meter))
+            finish(run)
+        if prune:
+            for ref in run.plan.vanished:
+                retire(run.store, ref)
+        report = make_report(run, reading(meter), time.monotonic() - started)
+        run.store.put_atomic(f"reports/{report['run']}.json", json.dumps(report, indent=2).encode())
     return report
+
+
+def write_pending(run: Prepared, observe: Observe) -> None:
+    configure(run)
+    sink = EmbeddingSink(run.store, run.families, run.config.write, run.plan, observe)
+    pipeline(run, observe).write_datasink(sink, ray_remote_args={"num_cpus": 1})
 
 
 def finish(run: Prepared) -> None:
@@ -105,20 +120,6 @@ def configure(run: Prepared) -> None:
     context.actor_init_retry_on_errors = True
     context.max_consecutive_actor_init_deaths = 2
     context.execution_no_progress_timeout_s = run.config.cluster.no_progress_timeout_s
-
-
-@contextmanager
-def plain_errors() -> Iterator[None]:
-    """Our own errors out of the layers that Ray wraps them in."""
-    try:
-        yield
-    except Exception as error:
-        cause: BaseException | None = error
-        while cause is not None and not isinstance(cause, VecmillError):
-            cause = getattr(cause, "cause", None) or cause.__cause__
-        if cause is not None and cause is not error:
-            raise cause from error
-        raise
 
 
 def make_report(run: Prepared, stages: Stages, seconds: float) -> Report:

@@ -7,8 +7,8 @@ is judged from a listing alone.
 
 from __future__ import annotations
 
+import hashlib
 import re
-import uuid
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
@@ -25,11 +25,19 @@ _NAME = re.compile(rf"(?P<id>[0-9a-f]{{32}})\.(?P<ranges>{_SPANS})(?:\.end(?P<en
 
 @dataclass(frozen=True)
 class Fragment:
-    """Rows of one shard, and its number of rows where the end mark was among them."""
+    """Rows of one shard, and its number of rows where the end mark was among them. id: digest of its bytes."""
 
     id: str
     ranges: tuple[Range, ...]
     end: int | None
+
+    @staticmethod
+    def of(data: bytes, ranges: tuple[Range, ...], end: int | None) -> Fragment:
+        return Fragment(_digest(data), ranges, end)
+
+    def is_of(self, data: bytes) -> bool:
+        """Whether these are its bytes, whole and as they were put."""
+        return _digest(data) == self.id
 
     @property
     def name(self) -> str:
@@ -47,15 +55,16 @@ class Fragment:
         return Fragment(found["id"], ranges, int(found["end"]) if found["end"] else None)
 
 
-def new_fragments(rows: NDArray[np.int64], end: int | None) -> list[Fragment]:
-    """Fragments for int64 `rows` (sorted, distinct): one, or more where the rows are so scattered that
-    a name could not list them."""
+def _digest(data: bytes) -> str:
+    return hashlib.blake2b(data, digest_size=16).hexdigest()
+
+
+def cut(rows: NDArray[np.int64], end: int | None) -> list[tuple[tuple[Range, ...], int | None]]:
+    """Ranges and end mark of the fragments for int64 `rows` (sorted, distinct): one, or more where the rows are
+    so scattered that a name could not list them."""
     ranges = ranges_of(rows)
     chunks = [ranges[at : at + RANGES_PER_FRAGMENT] for at in range(0, len(ranges), RANGES_PER_FRAGMENT)] or [[]]
-    return [
-        Fragment(uuid.uuid4().hex, tuple(chunk), end if position == 0 else None)
-        for position, chunk in enumerate(chunks)
-    ]
+    return [(tuple(chunk), end if position == 0 else None) for position, chunk in enumerate(chunks)]
 
 
 def ranges_of(rows: NDArray[np.int64]) -> list[Range]:
@@ -79,7 +88,7 @@ def is_whole(fragments: list[Fragment]) -> bool:
 
 def pick(fragments: Iterable[Fragment]) -> Iterator[tuple[Fragment, int, int]]:
     """(fragment, start, stop) in row order, every covered row exactly once."""
-    spans = sorted((start, stop, fragment.id, fragment) for fragment in fragments for start, stop in fragment.ranges)
+    spans = sorted((start, stop, fragment.name, fragment) for fragment in fragments for start, stop in fragment.ranges)
     reached = 0
     for start, stop, _, fragment in spans:
         if stop > reached:

@@ -16,7 +16,7 @@ from pydantic import BaseModel
 
 from pipelines.contracts import SAMPLES_FAMILY, Shard
 from pipelines.errors import LedgerError
-from pipelines.storage import Store
+from pipelines.storage import Store, is_whole_json
 
 COMMITS, RETIRED, STAGING = "commits", "retired", "staging"
 
@@ -135,15 +135,15 @@ def list_commits(store: Store, family: str, top: str = COMMITS) -> Iterator[Comm
             yield ref
 
 
-def read_commit(store: Store, ref: CommitRef) -> Commit:
-    """Raises: FileNotFoundError; LedgerError where it is not a commit."""
-    return _parse(store.read(ref.path), store.uri(ref.path))
+def read_commit(store: Store, ref: CommitRef, listed: bool = False) -> Commit:
+    """listed: it is known to be there. Raises: FileNotFoundError; LedgerError where it is not a commit."""
+    return _parse(store.read(ref.path, is_whole_json, listed), store.uri(ref.path))
 
 
 def read_commits(store: Store, refs: Iterable[CommitRef]) -> Iterator[Commit]:
     """Those that another run retires meanwhile are left out."""
     paths = [ref.path for ref in refs]
-    for path, data in zip(paths, store.read_many(paths), strict=True):
+    for path, data in zip(paths, store.read_many(paths, is_whole_json), strict=True):
         if data is not None:
             yield _parse(data, store.uri(path))
 
@@ -239,7 +239,7 @@ def commit(store: Store, candidate: Commit) -> Commit:
     """
     if store.put_if_absent(candidate.ref.path, candidate.model_dump_json(indent=1).encode()):
         return candidate
-    standing = read_commit(store, candidate.ref)
+    standing = read_commit(store, candidate.ref, listed=True)
     if standing.fingerprint != candidate.fingerprint:
         raise LedgerError(
             f"{store.uri(candidate.ref.path)} was made by another encoder (fingerprint {standing.fingerprint[:12]})",

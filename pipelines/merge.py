@@ -16,8 +16,9 @@ import pyarrow.parquet as pq
 from pipelines.config import WriteConfig
 from pipelines.errors import LedgerError
 from pipelines.families import Family
-from pipelines.fragments import Fragment, new_fragments, pick, shard_rows
+from pipelines.fragments import Fragment, cut, pick, shard_rows
 from pipelines.ledger import Commit, CommitRef, Counts, Part
+from pipelines.secrets import masked
 from pipelines.storage import Store, scratch_folder
 
 _FRAGMENTS_IN_MEMORY = 16
@@ -27,13 +28,14 @@ _FRAGMENT_OPTIONS = pa.ipc.IpcWriteOptions(compression="lz4")
 def put_fragments(store: Store, staging: str, rows: pa.Table, end: int | None) -> None:
     """Puts `rows` of one shard (a column `row`, sorted, distinct) and its end mark under `staging`."""
     numbers = rows["row"].to_numpy()
-    for fragment in new_fragments(numbers, end):
-        inside = [rows.slice(int(numbers.searchsorted(start)), stop - start) for start, stop in fragment.ranges]
+    for ranges, last in cut(numbers, end):
+        inside = [rows.slice(int(numbers.searchsorted(start)), stop - start) for start, stop in ranges]
         table = pa.concat_tables(inside) if inside else rows.slice(0, 0)
         sink = pa.BufferOutputStream()
         with pa.ipc.new_file(sink, table.schema, options=_FRAGMENT_OPTIONS) as writer:
             writer.write_table(table.combine_chunks())
-        store.put_atomic(f"{staging}/{fragment.name}", sink.getvalue().to_pybytes())
+        data = sink.getvalue().to_pybytes()
+        store.put_atomic(f"{staging}/{Fragment.of(data, ranges, last).name}", data)
 
 
 def list_fragments(store: Store, staging: str) -> list[Fragment]:
@@ -66,7 +68,7 @@ def merge(
     _require_balance(ref, counts, number_of_rows)
     return Commit(
         **ref._asdict(),
-        uri=uri,
+        uri=masked(uri),
         fingerprint=family.fingerprint,
         attempt=attempt,
         rows=number_of_rows,
@@ -103,7 +105,13 @@ def _rows_in_order(store: Store, staging: str, fragments: list[Fragment]) -> Ite
 
     @lru_cache(_FRAGMENTS_IN_MEMORY)
     def load(fragment: Fragment) -> pa.Table:
-        return pa.ipc.open_file(pa.py_buffer(store.read(f"{staging}/{fragment.name}"))).read_all()
+        path = f"{staging}/{fragment.name}"
+        data = store.read(path, fragment.is_of, listed=True)
+        if not fragment.is_of(data):
+            raise LedgerError(
+                f"{store.uri(path)} is damaged", "Run `vecmill collect --apply`, which clears staging, and this again."
+            )
+        return pa.ipc.open_file(pa.py_buffer(data)).read_all()
 
     for fragment, start, stop in pick(fragments):
         table = load(fragment)

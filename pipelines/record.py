@@ -12,7 +12,7 @@ from pydantic import BaseModel, TypeAdapter
 from pipelines.contracts import Modality
 from pipelines.encoders.base import EncoderSpec
 from pipelines.errors import LedgerError, PreflightError
-from pipelines.storage import Store
+from pipelines.storage import Store, is_whole_json
 
 FILE = "run.json"
 _LIBRARIES = ("vecmill", "ray", "torch", "transformers", "open_clip_torch", "timm", "pyarrow", "pillow", "numpy")
@@ -52,7 +52,7 @@ class RunRecord(BaseModel):
 def read_record(store: Store) -> RunRecord:
     """Empty where the output is new."""
     try:
-        data = store.read(FILE)
+        data = store.read(FILE, is_whole_json)
     except (FileNotFoundError, NotADirectoryError):
         return RunRecord()
     try:

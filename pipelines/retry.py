@@ -6,7 +6,7 @@ import errno
 from collections.abc import Callable
 from typing import TypeVar
 
-from tenacity import Retrying, retry_if_exception, stop_after_attempt, wait_random_exponential
+from tenacity import Retrying, retry_if_exception, stop_after_attempt, stop_after_delay, wait_random_exponential
 
 from pipelines.errors import AccessError, StorageError
 
@@ -14,6 +14,10 @@ T = TypeVar("T")
 
 # With the waits below, about half a minute in all, on top of what the clients themselves try.
 ATTEMPTS = 8
+# No attempt begins after this: of a store that takes connections and says nothing, each lasts more than a minute.
+PATIENCE_S = 60
+# For an object that was listed a moment ago, about two seconds.
+LISTED_ATTEMPTS = 5
 
 # An answer, not a fault: asking again gives the same.
 _FINAL = (FileNotFoundError, FileExistsError, PermissionError, IsADirectoryError, NotADirectoryError)
@@ -42,15 +46,23 @@ def _is_transient(error: BaseException) -> bool:
     return _is_of_storage(error) and not refused
 
 
-def retrying(call: Callable[[], T], what: str) -> T:
+def retrying(call: Callable[[], T], what: str, listed: bool = False) -> T:
     """call(), again with backoff and jitter while the fault is one that passes.
 
+    listed: the object is known to be there; a store that has yet to find it is asked again for a moment.
     Raises: StorageError naming `what` when it does not pass, AccessError (a PermissionError too) where
     storage refuses; other final answers (FileNotFoundError, …) as they are.
     """
+    missed = 0
+
+    def is_worth_another(error: BaseException) -> bool:
+        nonlocal missed
+        missed += isinstance(error, FileNotFoundError)
+        return _is_transient(error) or (listed and 0 < missed < LISTED_ATTEMPTS)
+
     attempts = Retrying(
-        retry=retry_if_exception(_is_transient),
-        stop=stop_after_attempt(ATTEMPTS),
+        retry=retry_if_exception(is_worth_another),
+        stop=stop_after_attempt(ATTEMPTS) | stop_after_delay(PATIENCE_S),
         wait=wait_random_exponential(multiplier=0.3, max=20),
         reraise=True,
     )

@@ -8,10 +8,13 @@ from __future__ import annotations
 
 import errno
 import io
+import json
 import os
+import re
 import shutil
 import tempfile
 import uuid
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
@@ -28,10 +31,14 @@ from fsspec.utils import get_protocol
 from pipelines.contracts import Entry
 from pipelines.errors import InputError
 from pipelines.retry import retrying
+from pipelines.secrets import remember
 from pipelines.stream import resuming
 
 LIST_THREADS = 32
 LOCAL_ATTEMPTS = 8
+SAME_ANSWERS = 3
+COPY_BYTES = 8 * 2**20
+_TEMPORARY = re.compile(r"\..+\.[0-9a-f]{12}\.tmp")
 
 
 def protocol_of(uri: str) -> str:
@@ -72,39 +79,59 @@ class Store:
     def _fs(self, path: str) -> tuple[Any, str]:
         uri = self.uri(path)
         protocol = get_protocol(uri)
+        remember(self.options)
         defaults: dict[str, Any] = {"auto_mkdir": True} if protocol in ("file", "local") else {}
         if protocol not in ("file", "local", "memory"):
             defaults["use_listings_cache"] = False
         fs, bare = fsspec.core.url_to_fs(uri, **{**defaults, **self.options.get(protocol, {})})
+        if protocol in ("s3", "s3a"):
+            # botocore and we try again already; a third layer would try a silent store for an hour.
+            fs.retries = 1
         return fs, bare
 
     # -- reading ---------------------------------------------------------------------------------
 
-    def read(self, path: str) -> bytes:
-        """The whole object. Raises FileNotFoundError."""
-        fs, bare = self._fs(path)
-        return bytes(retrying(lambda: fs.cat_file(bare), f"Cannot read {self.uri(path)}"))
+    def read(self, path: str, is_whole: Callable[[bytes], bool] = lambda data: True, listed: bool = False) -> bytes:
+        """The whole object. is_whole: where it says no, the object is read again, until it comes the same thrice.
+        listed: it is known to be there, so that a store which says that it is not is asked again.
 
-    def read_many(self, paths: Iterable[str]) -> Iterator[bytes | None]:
+        Raises: FileNotFoundError.
+        """
+        fs, bare = self._fs(path)
+        seen: Counter[bytes] = Counter()
+
+        def cat() -> bytes:
+            data = bytes(fs.cat_file(bare))
+            if not is_whole(data):
+                seen[data] += 1
+                if seen[data] < SAME_ANSWERS:
+                    raise OSError(errno.EIO, f"{len(data)} bytes came that are not what was put there")
+            return data
+
+        return retrying(cat, f"Cannot read {self.uri(path)}", listed)
+
+    def read_many(
+        self, paths: Iterable[str], is_whole: Callable[[bytes], bool] = lambda data: True
+    ) -> Iterator[bytes | None]:
         """Many small objects at once, in order; None for one that is not there."""
         with ThreadPoolExecutor(LIST_THREADS) as pool:
-            yield from pool.map(self._read_or_none, paths)
+            yield from pool.map(lambda path: self._read_or_none(path, is_whole), paths)
 
-    def _read_or_none(self, path: str) -> bytes | None:
+    def _read_or_none(self, path: str, is_whole: Callable[[bytes], bool]) -> bytes | None:
         try:
-            return self.read(path)
+            return self.read(path, is_whole)
         except FileNotFoundError:
             return None
 
-    def open(self, path: str) -> io.BufferedReader:
-        """A seekable stream that resumes where a broken connection left it."""
+    def open(self, path: str, listed: bool = False) -> io.BufferedReader:
+        """A seekable stream that resumes where a broken connection left it. listed: as for `read`."""
         fs, bare = self._fs(path)
-        return resuming(lambda block_bytes: fs.open(bare, "rb", block_size=block_bytes), self.uri(path))
+        return resuming(lambda block_bytes: fs.open(bare, "rb", block_size=block_bytes), self.uri(path), listed)
 
-    def stat(self, path: str) -> Entry:
-        """Raises FileNotFoundError."""
+    def stat(self, path: str, listed: bool = False) -> Entry:
+        """listed: as for `read`. Raises FileNotFoundError."""
         fs, bare = self._fs(path)
-        info = retrying(lambda: fs.info(bare), f"Cannot look up {self.uri(path)}")
+        info = retrying(lambda: fs.info(bare), f"Cannot look up {self.uri(path)}", listed)
         return Entry(self.uri(path), int(info.get("size") or 0), _etag(info))
 
     def exists(self, path: str) -> bool:
@@ -138,6 +165,11 @@ class Store:
                 return []
 
         return retrying(find, f"Cannot list {self.uri(path)}")
+
+    def sizes(self, path: str) -> Iterator[tuple[str, int]]:
+        """Path, relative to the store, and bytes of every object below `path`, sorted by name."""
+        start = len(whole_uri(self.uri(path)).rstrip("/")) + 1
+        return ((f"{path}/{entry.uri[start:]}", entry.bytes) for entry in self.entries(path))
 
     def glob(self, pattern: str) -> list[Entry]:
         """Objects that match a pattern of `*`, `?`, `[…]` and `**`, sorted by name."""
@@ -254,6 +286,19 @@ class Store:
             shutil.rmtree(self._fs(path)[1], ignore_errors=True)
 
 
+def is_whole_json(data: bytes) -> bool:
+    """Of an object, not a list. What is cut short lacks its last brace, or has it too early and does not parse."""
+    try:
+        return isinstance(json.loads(data), dict)
+    except ValueError:
+        return False
+
+
+def is_temporary(path: str) -> bool:
+    """Whether this is what a put to a local disk writes before the file has its name; left by one that died."""
+    return bool(_TEMPORARY.fullmatch(path.rpartition("/")[2]))
+
+
 def _plain(uri: str) -> str:
     return uri.removeprefix("file://").removeprefix("local://")
 
@@ -271,7 +316,9 @@ def _files(fs: Any, found: Iterable[dict[str, Any]]) -> list[Entry]:
 def _followed(fs: Any, info: dict[str, Any]) -> dict[str, Any]:
     try:
         return dict(fs.info(info["name"]))
-    except FileNotFoundError:
+    except OSError as error:
+        if not isinstance(error, FileNotFoundError) and error.errno != errno.ELOOP:
+            raise
         return {**info, "type": "broken link"}
 
 
@@ -311,11 +358,15 @@ def _put_local_once(target: str, data: bytes | Path, place: Callable[[str, str],
     _make_folder(folder)
     temporary = os.path.join(folder, f".{name}.{uuid.uuid4().hex[:12]}.tmp")
     try:
-        if isinstance(data, bytes):
-            with open(temporary, "wb") as file:
+        with open(temporary, "wb") as file:
+            if isinstance(data, bytes):
                 file.write(data)
-        else:
-            shutil.copyfile(data, temporary)
+            else:
+                with data.open("rb") as source:
+                    shutil.copyfileobj(source, file, COPY_BYTES)
+            # Else a machine that loses its power may keep the name and lose the bytes.
+            file.flush()
+            os.fsync(file.fileno())
         place(temporary, target)
     finally:
         with suppress(FileNotFoundError):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import io
 import os
 from collections.abc import Callable
@@ -13,16 +14,16 @@ from pipelines.retry import retrying
 READ_BLOCK_BYTES = 8 * 2**20
 
 
-def resuming(open_object: Callable[[int], Any], uri: str) -> io.BufferedReader:
-    """open_object: fsspec's, given a block size that may be 0. uri: for messages."""
-    return io.BufferedReader(_ResumingStream(open_object, uri), READ_BLOCK_BYTES)
+def resuming(open_object: Callable[[int], Any], uri: str, listed: bool = False) -> io.BufferedReader:
+    """open_object: fsspec's, given a block size that may be 0. uri: for messages. listed: it is known to be there."""
+    return io.BufferedReader(_ResumingStream(open_object, uri, listed), READ_BLOCK_BYTES)
 
 
 class _ResumingStream(io.RawIOBase):
-    """Reads an object; a fault that passes reopens it at the same position."""
+    """Reads an object; a fault that passes, or an end before its size, reopens it at the same position."""
 
-    def __init__(self, open_object: Callable[[int], Any], uri: str) -> None:
-        self._open_object, self._uri = open_object, uri
+    def __init__(self, open_object: Callable[[int], Any], uri: str, listed: bool) -> None:
+        self._open_object, self._uri, self._listed = open_object, uri, listed
         self._at, self._block_bytes = 0, READ_BLOCK_BYTES
         self._file: Any = None
         self._reopen()
@@ -33,12 +34,12 @@ class _ResumingStream(io.RawIOBase):
             _go_to(file, self._at)
             return file
 
-        self._file = retrying(open_here, f"Cannot open {self._uri}")
+        self._file = retrying(open_here, f"Cannot open {self._uri}", self._listed)
 
     def readinto(self, buffer: Any) -> int:
         def read() -> bytes:
             try:
-                return bytes(self._file.read(len(buffer)))
+                return self._whole(bytes(self._file.read(len(buffer))))
             except ValueError:
                 # A web server that knows no ranges, as shows only past the first block: streamed from here on.
                 self._block_bytes = 0
@@ -52,6 +53,13 @@ class _ResumingStream(io.RawIOBase):
         buffer[: len(data)] = data
         self._at += len(data)
         return len(data)
+
+    def _whole(self, data: bytes) -> bytes:
+        """A server or a proxy on the way may end a body early and say that this was all."""
+        size = getattr(self._file, "size", None)
+        if not data and isinstance(size, int) and self._at < size:
+            raise OSError(errno.EIO, f"the object ends at byte {self._at} of {size}")
+        return data
 
     def readable(self) -> bool:
         return True

@@ -16,6 +16,7 @@ from ray.data import Datasink
 
 from pipelines.config import WriteConfig
 from pipelines.contracts import SAMPLES_FAMILY
+from pipelines.errors import LedgerError
 from pipelines.families import Family
 from pipelines.fragments import is_whole
 from pipelines.ledger import Commit, CommitRef, Plan, commit, place, read_commit, retire, staging_folder
@@ -126,8 +127,14 @@ def write_family(store: Store, family: Family, incoming: Incoming, write: WriteC
 
 
 def _commit_of_another(store: Store, ref: CommitRef) -> Commit:
-    """A fragment is missing only where another attempt has committed and cleared the staging."""
-    standing = read_commit(store, ref)
+    """A fragment is missing only where another attempt has committed and cleared the staging. Raises: LedgerError."""
+    try:
+        standing = read_commit(store, ref, listed=True)
+    except FileNotFoundError:
+        raise LedgerError(
+            f"Fragments of shard {ref.shard} have gone from staging, and no commit {store.uri(ref.path)} is there",
+            "Run the same command again: the shard will be done again.",
+        ) from None
     place(store, standing)
     return standing
 

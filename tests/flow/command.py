@@ -17,22 +17,26 @@ _forks.set_forkserver_preload(["jobs.cli", "pipelines.embed", "pipelines.index.b
 
 
 class Command:
-    """A run that has been started, in this process's working folder and environment."""
+    """A run that has been started, in this process's working folder and environment.
 
-    def __init__(self, arguments: Sequence[str]) -> None:
+    alone: the leader of a process group of its own, as a terminal starts it, so that a signal reaches all that it
+    starts.
+    """
+
+    def __init__(self, arguments: Sequence[str], alone: bool = False) -> None:
         with NamedTemporaryFile(suffix=".txt", delete=False) as file:
             self._printed = Path(file.name)
         self.arguments = arguments
         self._process = _forks.Process(
-            target=_vecmill, args=(list(arguments), str(self._printed), str(Path.cwd()), dict(os.environ))
+            target=_vecmill, args=(list(arguments), str(self._printed), str(Path.cwd()), dict(os.environ), alone)
         )
         self._process.start()
         assert self._process.pid is not None
         self.pid: int = self._process.pid
 
-    def wait(self) -> tuple[int, str]:
-        """Exit status, negative of the signal it died of, and all that it printed."""
-        self._process.join(TIMEOUT_S)
+    def wait(self, timeout_s: float = TIMEOUT_S) -> tuple[int, str]:
+        """Exit status, negative of the signal it died of, and all that it printed. Raises: TimeoutError."""
+        self._process.join(timeout_s)
         status, printed = self._process.exitcode, self._printed.read_text()
         if status is None:
             self._process.kill()
@@ -41,7 +45,9 @@ class Command:
         return status, printed
 
 
-def _vecmill(arguments: list[str], printed: str, folder: str, environment: dict[str, str]) -> None:
+def _vecmill(arguments: list[str], printed: str, folder: str, environment: dict[str, str], alone: bool) -> None:
+    if alone:
+        os.setsid()
     file = os.open(printed, os.O_WRONLY)
     os.dup2(file, 1)
     os.dup2(file, 2)

@@ -42,10 +42,10 @@ def peaks(folder: Path, shards: int, checkpoint: Path) -> dict[str, float]:
         "encoder": f"open_clip:local-dir:{checkpoint}",
         "modalities": "image",
         "read": {"block_mib": 4},
-        "decode": {"rows_per_block": 8},
+        "decode": {"rows_per_block": 8, "max_pixels": 2**20},
         "encode": {"batch_size": 8, "threads": 1},
         "write": {"rows_per_task": 16},
-        "cluster": {"memory_per_decode_task_mib": 256},
+        "cluster": {"memory_per_decode_task_mib": 400},
     }
     vecmill("embed", write_recipe(folder / f"{shards}.yaml", recipe))
     (path,) = (output / "reports").iterdir()

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from pipelines.fragments import RANGES_PER_FRAGMENT, Fragment, is_whole, new_fragments, pick, ranges_of, shard_rows
+from pipelines.fragments import RANGES_PER_FRAGMENT, Fragment, cut, is_whole, pick, ranges_of, shard_rows
 
 ROWS = st.sets(st.integers(0, 60)).map(sorted)
 ENDS = st.none() | st.integers(0, 60)
@@ -20,7 +20,7 @@ FRAGMENTS = st.lists(ROWS, max_size=5).map(lambda each: [f for rows in each for 
 
 
 def fragments_of(rows: list[int], end: int | None) -> list[Fragment]:
-    return new_fragments(np.array(rows, np.int64), end)
+    return [Fragment.of(repr(ranges).encode(), ranges, last) for ranges, last in cut(np.array(rows, np.int64), end)]
 
 
 def rows_of(fragments: list[Fragment]) -> list[int]:

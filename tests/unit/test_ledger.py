@@ -96,23 +96,23 @@ class FaultyStore(Store):
     runner: str
     scheduler: Scheduler
 
-    def read_many(self, paths: Iterable[str]) -> Iterator[bytes | None]:
+    def read_many(self, paths: Iterable[str], *words: Any) -> Iterator[bytes | None]:
         """One after the other: the scheduler counts on one call at a time from a run."""
-        return (self._read_or_none(path) for path in paths)
+        return (self._read_or_none(path, *words) for path in paths)
 
     def __getattribute__(self, name: str) -> Any:
         attribute = super().__getattribute__(name)
         return self._decided(attribute) if name in CALLS else attribute
 
     def _decided(self, call: Callable[..., Any]) -> Callable[..., Any]:
-        def decided(*args: Any) -> Any:
+        def decided(*args: Any, **named: Any) -> Any:
             fault = self.scheduler.fault(self.runner)
             if fault == 1:
                 raise Killed
-            result = call(*args)
+            result = call(*args, **named)
             if fault == 2:
                 raise Killed
-            return call(*args) if fault == 3 else result
+            return call(*args, **named) if fault == 3 else result
 
         def one_by_one(paths: Iterable[str]) -> None:
             for path in list(paths):

@@ -2,25 +2,30 @@
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import json
 import os
+import pickle
 import shutil
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import fsspec
 import huggingface_hub
+import numpy as np
 import open_clip
 import pytest
 import torch
+import transformers
 from open_clip.pretrained import _PRETRAINED, _pcfg
 
 from pipelines.encoders import registry, weights
 from pipelines.encoders.digest import file_digest
-from pipelines.errors import EncoderError
+from pipelines.errors import ConfigError, EncoderError
 from tests import checkpoints
 from tests.unit.encoders.conftest import Checkpoint
 
@@ -146,6 +151,167 @@ def test_a_training_checkpoint_and_one_of_another_size(tmp_path: Path) -> None:
     registry.load(registry.describe(f"open_clip:tiny-of-training@{tmp_path}/epoch_3.pt"), CPU)
     with pytest.raises(EncoderError, match=r"visual\.positional_embedding \[17, 64\], not \[37, 64\]"):
         registry.load(registry.describe(f"open_clip:tiny-but-larger@{tmp_path}/epoch_3.pt"), CPU)
+
+
+# -- what comes with a model and must not run ----------------------------------------------------
+
+
+class Pickled:
+    """A checkpoint whose loading makes a folder."""
+
+    def __init__(self, marker: Path) -> None:
+        self.marker = marker
+
+    def __reduce__(self) -> tuple[Callable[..., None], tuple[str]]:
+        return os.mkdir, (str(self.marker),)
+
+
+def pickled(path: Path, marker: Path) -> None:
+    if path.suffix == ".npz":
+        np.savez(path, params=np.array([Pickled(marker)], object))
+    elif path.suffix == ".npy":
+        np.save(path, np.array([Pickled(marker)], object))
+    elif path.suffix == ".safetensors":
+        path.write_bytes(pickle.dumps(Pickled(marker)))
+    else:
+        torch.save({"state_dict": {"logit_scale": Pickled(marker)}}, path)
+
+
+def copied(checkpoint: Checkpoint, kind: str, folder: Path) -> Path:
+    """A checkpoint's folder without its weights."""
+    shutil.copytree(checkpoint(kind).rpartition(":")[2], folder)
+    for path in folder.glob("*.safetensors"):
+        path.unlink()
+    return folder
+
+
+def test_the_checkpoint_of_these_tests_does_run_where_it_is_unpickled(tmp_path: Path) -> None:
+    pickled(tmp_path / "x.pt", tmp_path / "marker")
+    torch.load(tmp_path / "x.pt", weights_only=False)
+    assert (tmp_path / "marker").is_dir()
+
+
+@pytest.mark.parametrize("suffix", ["pt", "pth", "bin", "ckpt", "npz", "npy", "safetensors"])
+def test_a_pickle_named_as_a_file_is_not_run(tmp_path: Path, suffix: str) -> None:
+    (tmp_path / "tiny-of-pickle.json").write_text(json.dumps(checkpoints.open_clip_config()))
+    open_clip.add_model_config(tmp_path / "tiny-of-pickle.json")
+    pickled(tmp_path / f"model.{suffix}", tmp_path / "marker")
+    spec = registry.describe(f"open_clip:tiny-of-pickle@{tmp_path}/model.{suffix}")
+    with pytest.raises(EncoderError):
+        registry.load(spec, CPU)
+    assert not (tmp_path / "marker").exists()
+
+
+@pytest.mark.parametrize("name", ["open_clip_model.safetensors", "open_clip_pytorch_model.bin", "model.pth"])
+def test_a_pickle_in_a_local_dir_is_not_run(checkpoint: Checkpoint, tmp_path: Path, bucket, name: str) -> None:
+    folder = copied(checkpoint, "open_clip-gelu", tmp_path / "model")
+    pickled(folder / name, tmp_path / "marker")
+    for reference in (str(folder), bucket(str(folder))):
+        spec = registry.describe(f"open_clip:local-dir:{reference}")
+        with pytest.raises(EncoderError):
+            registry.load(spec, CPU)
+    assert not (tmp_path / "marker").exists()
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "pytorch_model.bin", "pytorch_model-00001-of-00001.bin"])
+def test_a_pickle_in_a_folder_of_transformers_is_not_run(checkpoint: Checkpoint, tmp_path: Path, name: str) -> None:
+    folder = copied(checkpoint, "hf-siglip", tmp_path / "model")
+    pickled(folder / name, tmp_path / "marker")
+    if "-of-" in name:
+        index = {"metadata": {"total_size": 1}, "weight_map": {"logit_scale": name}}
+        (folder / "pytorch_model.bin.index.json").write_text(json.dumps(index))
+    spec = registry.describe(f"hf:{folder}")
+    with pytest.raises(EncoderError):
+        registry.load(spec, CPU)
+    assert not (tmp_path / "marker").exists()
+
+
+def test_pieces_of_a_checkpoint_lie_in_its_folder(checkpoint: Checkpoint, tmp_path: Path) -> None:
+    folder = copied(checkpoint, "hf-siglip", tmp_path / "model")
+    pickled(tmp_path / "elsewhere.bin", tmp_path / "marker")
+    index = {"metadata": {"total_size": 1}, "weight_map": {"logit_scale": "../elsewhere.bin"}}
+    (folder / "pytorch_model.bin.index.json").write_text(json.dumps(index))
+    with pytest.raises(EncoderError, match=r"lacks \.\./elsewhere\.bin"):
+        registry.describe(f"hf:{folder}")
+
+
+CODE = """
+import os
+from transformers import PretrainedConfig, PreTrainedTokenizerFast
+os.mkdir({marker!r})
+class Own(PretrainedConfig):
+    model_type = "own"
+class OwnTokenizer(PreTrainedTokenizerFast):
+    pass
+"""
+
+
+def with_code(folder: Path, name: str, marker: Path, **settings: Any) -> None:
+    """Settings of a model that name code beside them."""
+    path = folder / name
+    known = json.loads(path.read_text()) if path.exists() else {}
+    path.write_text(json.dumps({**known, **settings}))
+    (folder / "own.py").write_text(CODE.format(marker=str(marker)))
+
+
+def test_the_code_of_these_tests_does_run_where_it_is_trusted(checkpoint: Checkpoint, tmp_path: Path) -> None:
+    folder = copied(checkpoint, "hf-siglip", tmp_path / "model")
+    with_code(folder, "config.json", tmp_path / "marker", model_type="own", auto_map={"AutoConfig": "own.Own"})
+    transformers.AutoConfig.from_pretrained(folder, trust_remote_code=True)
+    assert (tmp_path / "marker").is_dir()
+
+
+def test_code_that_comes_with_a_model_is_not_run(checkpoint: Checkpoint, tmp_path: Path) -> None:
+    folder = copied(checkpoint, "hf-siglip", tmp_path / "model")
+    with_code(folder, "config.json", tmp_path / "marker", model_type="own", auto_map={"AutoConfig": "own.Own"})
+    with pytest.raises(EncoderError, match="needs no code of its own"):
+        registry.describe(f"hf:{folder}")
+    assert not (tmp_path / "marker").exists()
+
+
+def test_code_beside_a_known_model_is_left_alone(checkpoint: Checkpoint, tmp_path: Path) -> None:
+    name = checkpoint("hf-siglip")
+    folder = tmp_path / "model"
+    shutil.copytree(name.rpartition(":")[2], folder)
+    with_code(folder, "config.json", tmp_path / "marker", auto_map={"AutoConfig": "own.Own", "AutoModel": "own.Own"})
+    spec = registry.describe(f"hf:{folder}")
+    registry.load(spec, CPU)
+    assert spec.weights == registry.describe(name).weights
+    assert not (tmp_path / "marker").exists()
+
+
+def test_code_of_a_tokenizer_is_not_run_whatever_the_model_asks_for(checkpoint: Checkpoint, tmp_path: Path) -> None:
+    folder = copied(checkpoint, "open_clip-gelu", tmp_path / "model")
+    config = json.loads((folder / "open_clip_config.json").read_text())
+    config["model_cfg"]["text_cfg"] |= {"hf_tokenizer_name": "own", "tokenizer_kwargs": {"trust_remote_code": True}}
+    (folder / "open_clip_config.json").write_text(json.dumps(config))
+    (folder / "open_clip_model.safetensors").write_bytes(b"unread")
+    own = {"AutoTokenizer": ["own.OwnTokenizer", "own.OwnTokenizer"]}
+    with_code(folder, "tokenizer_config.json", tmp_path / "marker", tokenizer_class="OwnTokenizer", auto_map=own)
+    with pytest.raises(EncoderError, match="needs no code of its own"):
+        registry.describe(f"open_clip:local-dir:{folder}")
+    assert not (tmp_path / "marker").exists()
+
+
+def test_code_of_a_text_tower_is_not_run(checkpoint: Checkpoint, tmp_path: Path) -> None:
+    folder = Path(checkpoint("open_clip-gelu").rpartition(":")[2])
+    spec = registry.describe(checkpoint("open_clip-gelu"))
+    (tmp_path / "model").mkdir()
+    shutil.copy(folder / "open_clip_model.safetensors", tmp_path / "model")
+    config = json.loads((folder / "open_clip_config.json").read_text())
+    config["model_cfg"]["text_cfg"]["hf_model_name"] = str(tmp_path / "model")
+    (tmp_path / "model" / "open_clip_config.json").write_text(json.dumps(config))
+    own = {"AutoConfig": "own.Own"}
+    with_code(tmp_path / "model", "config.json", tmp_path / "marker", model_type="own", auto_map=own)
+    with pytest.raises(EncoderError, match="execute custom code"):
+        registry.load(dataclasses.replace(spec, reference=f"local-dir:{tmp_path / 'model'}"), CPU)
+    assert not (tmp_path / "marker").exists()
+
+
+def test_credentials_in_the_name_of_an_encoder_are_refused() -> None:
+    with pytest.raises(ConfigError, match="credentials") as refused:
+        registry.describe("open_clip:ViT-B-32@https://user:planted-7f3a@host/model.safetensors")
+    assert "planted" not in str(refused.value)
 
 
 # -- the hub's cache -----------------------------------------------------------------------------

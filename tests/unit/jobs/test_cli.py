@@ -95,7 +95,7 @@ def assert_refused(said: Said, *told: str) -> None:
 
 
 def test_help_lists_every_verb(vecmill: Vecmill) -> None:
-    assert VERBS == ["demo", "embed", "index", "plan", "search", "status"]
+    assert VERBS == ["collect", "demo", "embed", "index", "plan", "search", "status", "verify"]
     said = vecmill("--help")
     assert said.code == 0 and all(re.search(rf"\b{verb}\b", said.out) for verb in VERBS)
     assert vecmill().out.split() == said.out.split()
@@ -119,7 +119,7 @@ def test_help_of_a_verb_has_an_example_of_it(vecmill: Vecmill, verb: str) -> Non
         (["recipe.yaml", "--set", "encode.precison=fp16"], ["encode.precison: unknown key", "precision, batch_size"]),
         (["recipe.yaml", "--set", "encode.threads=0"], ["encode.threads: 0 is not allowed", "greater than 0"]),
         (["recipe.yaml", "--set", "encode.threads"], ["--set encode.threads: KEY=VALUE is expected"]),
-        (["recipe.yaml", "--set", "encode.threads=[1"], ["--set encode.threads=[1: the value is not YAML"]),
+        (["recipe.yaml", "--set", "encode.threads=[1"], ["--set encode.threads: the value is not YAML"]),
         (["recipe.yaml", "--set", "output.a=1"], ["output: 'out' is not allowed"]),
         (["recipe.yaml", "--precision", "int8"], ["encode.precision: 'int8' is not allowed", "'bf16'"]),
         (["recipe.yaml", "--modalities", "video"], ["modalities", "'video'", "'image' or 'text'"]),

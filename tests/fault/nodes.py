@@ -1,6 +1,6 @@
 """Runs on a cluster of several nodes on this machine, one after the other; in a process of its own.
 
-`python -m tests.flow.nodes JOBS.json`: a list of {"recipe": {…}, "kill": TITLE or null}. With a title, the
+`python -m tests.fault.nodes JOBS.json`: a list of {"recipe": {…}, "kill": TITLE or null}. With a title, the
 node that holds the process whose Ray title contains it is killed after the first commit.
 Prints, for each, {"items": …, "done": shards done by then, "nodes": {operator: nodes that worked on it}}.
 """

@@ -45,7 +45,7 @@ def ended(ray_local: str, checkpoint: Path, tmp_path_factory: pytest.TempPathFac
     where = str(folder / "in" / "*.tar")
     jobs = [{"recipe": settings(where, folder / case, checkpoint), "kill": title} for case, title in KILLED.items()]
     (folder / "jobs.json").write_text(json.dumps(jobs))
-    command = [sys.executable, "-m", "tests.flow.nodes", str(folder / "jobs.json")]
+    command = [sys.executable, "-m", "tests.fault.nodes", str(folder / "jobs.json")]
     done = subprocess.run(command, env=os.environ | HEALTH, capture_output=True, text=True, timeout=2 * TIMEOUT_S)
     assert done.returncode == 0, done.stderr[-8000:]
     # Ray prints there too.

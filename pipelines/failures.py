@@ -1,0 +1,87 @@
+"""What goes wrong in Ray as what it means to a user: the stage, the shards, and what to do next."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+
+import ray
+from ray.data.exceptions import ExecutionTimeoutError
+
+from pipelines.errors import StalledError, VecmillError, WorkerError
+from pipelines.ledger import make_plan
+from pipelines.prepare import Prepared
+
+STAGES = {"ReadShards": "read", "(Decode)": "decode", "(Encode)": "encode", "Write": "write"}
+_OPERATOR = re.compile(r"^  - (?P<name>.+?): (?P<active>\d+) active task", re.MULTILINE)
+
+
+@contextmanager
+def plain_errors(run: Prepared) -> Iterator[None]:
+    """Our own errors out of the layers that Ray wraps them in, and Ray's own as what they mean to a user."""
+    try:
+        yield
+    except Exception as error:
+        causes = list(_causes(error))
+        ours = next((cause for cause in causes if _is_ours(cause)), None)
+        told = ours or next((explained for cause in causes if (explained := _explained(cause, run))), None)
+        if told is None or told is error:
+            raise
+        raise told from error
+
+
+def _is_ours(error: BaseException) -> bool:
+    """Ray's wrapping of an error of a task is one of its class too, but its message is a traceback."""
+    return isinstance(error, VecmillError) and not isinstance(error, ray.exceptions.RayTaskError)
+
+
+def _causes(error: BaseException) -> Iterator[BaseException]:
+    cause: BaseException | None = error
+    while cause is not None:
+        yield cause
+        cause = getattr(cause, "cause", None) or cause.__cause__
+
+
+def _explained(error: BaseException, run: Prepared) -> VecmillError | None:
+    if isinstance(error, ExecutionTimeoutError):
+        return StalledError(
+            f"Nothing has moved for {run.config.cluster.no_progress_timeout_s} s. {_at_work(str(error))}. {_left(run)}",
+            "See whether its storage and nodes answer, then run the same command again; "
+            "cluster.no_progress_timeout_s sets how long to wait.",
+        )
+    if isinstance(error, ray.exceptions.ActorDiedError | ray.exceptions.ActorUnavailableError):
+        return WorkerError(
+            f"The encode actor cannot start or keeps dying: {_last_line(error)}",
+            "Most often its node has too little memory for the model: lower encode.batch_size or encode.actors.",
+        )
+    if isinstance(error, ray.exceptions.OutOfDiskError | ray.exceptions.ObjectStoreFullError):
+        return WorkerError(
+            f"Ray's object store is full, and so is the disk that it spills to: {_last_line(error)}",
+            "Give Ray's temporary folder more room, or lower read.block_mib and read.rows_per_block.",
+        )
+    return None
+
+
+def _at_work(told: str) -> str:
+    """The stages that have tasks which do not end, from Ray's account of its operators."""
+    active = [(found["name"], int(found["active"])) for found in _OPERATOR.finditer(told)]
+    stalled = [
+        f"{stage} ({count} tasks)" for name, count in active for word, stage in STAGES.items() if word in name and count
+    ]
+    return f"Stalled: {', '.join(stalled)}" if stalled else "No stage has a task at work; does the cluster have room?"
+
+
+def _left(run: Prepared) -> str:
+    with suppress(VecmillError):
+        return _pending(run)
+    return f"What is done cannot be told: {run.store.root} does not answer"
+
+
+def _pending(run: Prepared) -> str:
+    pending = make_plan(run.store, run.plan.shards, run.families).pending
+    return f"{len(pending)} shards are not done: {', '.join(work.shard.uri for work in pending[:3])}"
+
+
+def _last_line(error: BaseException) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[-1].strip()

@@ -1,0 +1,65 @@
+"""Whether an output is what its ledger says: every part in place, whole, and nothing beside them."""
+
+from __future__ import annotations
+
+import hashlib
+from collections import Counter
+from collections.abc import Iterator
+
+from pipelines.collect import leftovers, totals
+from pipelines.contracts import SAMPLES_FAMILY
+from pipelines.ledger import COMMITS, Commit, CommitRef, Part, list_commits, read_commits
+from pipelines.storage import COPY_BYTES, Store
+
+
+def problems(store: Store, deep: bool = False) -> Iterator[str]:
+    """A line for each thing that is wrong; none where all is well. Reads only.
+
+    deep: reads every part and compares its checksum, where otherwise listings and commits are enough.
+    """
+    families = sorted({name.split("/")[0] for name in store.names(COMMITS)})
+    for family in families:
+        refs = list(list_commits(store, family))
+        yield from _doubles(family, refs)
+        sizes = dict(store.sizes("samples")) if family == SAMPLES_FAMILY else dict(store.sizes(f"embeddings/{family}"))
+        sizes |= dict(store.sizes(f"rejects/{family}"))
+        for commit in read_commits(store, refs):
+            yield from _of_counts(commit)
+            yield from _of_parts(store, commit, sizes, deep)
+    for kind, (objects, _) in totals(leftovers(store)).items():
+        if kind != "retired":
+            yield f"{objects:,} {kind} objects that nothing names: of a run that is at work, or for `vecmill collect`"
+
+
+def _doubles(family: str, refs: list[CommitRef]) -> Iterator[str]:
+    standing = Counter(ref.shard for ref in refs)
+    for shard, count in standing.items():
+        if count > 1:
+            yield f"{family}: {count} commits of shard {shard} stand; run the same embed command again"
+
+
+def _of_parts(store: Store, commit: Commit, sizes: dict[str, int], deep: bool) -> Iterator[str]:
+    for part in commit.parts:
+        if part.final not in sizes:
+            yield f"{part.final} is missing; run the same embed command again"
+        elif sizes[part.final] != part.bytes:
+            yield f"{part.final} has {sizes[part.final]:,} bytes; its commit says {part.bytes:,}"
+        elif deep and _digest(store, part) != part.sha256:
+            yield f"{part.final} is damaged: its checksum is not that of its commit"
+
+
+def _of_counts(commit: Commit) -> Iterator[str]:
+    for modality, count in commit.counts.items():
+        if count.items != count.embedded + count.rejected + count.removed:
+            yield f"{commit.ref.path}: {modality} items do not add up"
+        rows = sum(part.rows for part in commit.parts if part.dataset == f"embeddings/{commit.family}/{modality}")
+        if rows != count.embedded:
+            yield f"{commit.ref.path}: {rows:,} {modality} vectors in its parts, {count.embedded:,} counted"
+
+
+def _digest(store: Store, part: Part) -> str:
+    digest = hashlib.sha256()
+    with store.open(part.final) as stream:
+        while data := stream.read(COPY_BYTES):
+            digest.update(data)
+    return digest.hexdigest()

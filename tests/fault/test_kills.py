@@ -1,0 +1,216 @@
+"""Killed with SIGKILL at every step of the protocol, and at random ones, and run again: nothing is lost or doubled.
+
+A step is the moment that the store sees a given request. The README's table has a row for each of these steps.
+"""
+
+from __future__ import annotations
+
+import os
+import random
+import re
+import signal
+from collections import Counter
+from collections.abc import Callable
+from pathlib import Path
+
+import psutil
+import pytest
+
+from pipelines.collect import collect
+from pipelines.index.release import current_version, open_shard, read_release, unfinished
+from pipelines.verify import problems
+from tests.fault.rig import Rig
+from tests.fault.victims import TITLES, worker_of, workers
+from tests.flow.command import TIMEOUT_S, Command, vecmill
+from tests.s3_proxy import Trap
+
+pytestmark = pytest.mark.timeout(3 * TIMEOUT_S)
+
+README = Path(__file__).parents[2] / "README.md"
+MakeTrap = Callable[[Command], Trap]
+
+
+def driver_dies(method: str, part_of_path: str, after: bool = False, at: int = 1) -> MakeTrap:
+    """When the store sees the `at`-th such request of an output, or has answered it."""
+
+    def trap(process: Command) -> Trap:
+        def matches(path: str) -> bool:
+            return bool(re.search(part_of_path, path)) and "/in/" not in path
+
+        return Trap(method, matches, lambda: os.kill(process.pid, signal.SIGKILL), at, after)
+
+    return trap
+
+
+# By the row of the README's table; of each row the first goes into the short form.
+STEPS: dict[str, dict[str, MakeTrap]] = {
+    "while reading, decoding or encoding": {
+        "before a fragment": driver_dies("PUT", r"/staging/clip/.*\.arrow$"),
+    },
+    "after some fragments": {
+        "before a fragment, two being there": driver_dies("PUT", r"\.arrow$", at=3),
+        "after a fragment, its acknowledgement lost": driver_dies("PUT", r"\.arrow$", after=True, at=2),
+    },
+    "while merging": {
+        "after the samples part": driver_dies("PUT", r"/samples\.part$", after=True),
+        "before the vectors": driver_dies("PUT", r"/embeddings_clip_image\.part$"),
+        "before the rejects": driver_dies("PUT", r"/rejects_clip\.part$"),
+        "after the rejects": driver_dies("PUT", r"/rejects_clip\.part$", after=True),
+    },
+    "just before the commit": {
+        "of the vectors": driver_dies("PUT", "/commits/clip/"),
+        "of the samples": driver_dies("PUT", "/commits/samples/"),
+    },
+    "after the commit, before or while parts are placed": {
+        "the acknowledgement of the commit is lost": driver_dies("PUT", "/commits/clip/", after=True),
+        "before the samples are placed": driver_dies("PUT", r"/samples/part-"),
+        "between two parts": driver_dies("PUT", r"/embeddings/clip/", after=True),
+        "before the rejects are placed": driver_dies("PUT", r"/rejects/clip/"),
+    },
+    "after the parts are placed": {
+        "before the staging goes": driver_dies("DELETE", "/staging/clip/.*arrow$"),
+        "while the staging goes": driver_dies("DELETE", "/staging/samples/", after=True, at=2),
+    },
+}
+
+
+CHANGED = "while an older version of a changed shard is taken away"
+RETIRING: dict[str, MakeTrap] = {
+    "before the commit is noted": driver_dies("PUT", "/retired/"),
+    "after the commit is noted": driver_dies("PUT", "/retired/", after=True),
+    "before its samples go": driver_dies("DELETE", "/samples/part-"),
+    "after its commit has gone": driver_dies("DELETE", "/commits/", after=True),
+}
+INDEXING: dict[str, MakeTrap] = {
+    "while an index is filled": driver_dies("PUT", r"\.faiss$", after=True, at=2),
+    "after an index's manifest, before `CURRENT` points at it": driver_dies("PUT", "/CURRENT$"),
+}
+
+
+def test_the_readme_tells_of_each_of_these_steps() -> None:
+    table = re.findall(r"^\| (while|after|just before)([^|]*) \|", README.read_text(), re.MULTILINE)
+    told = {f"{first}{rest}" for first, rest in table}
+    assert told == {*STEPS, CHANGED, *INDEXING}
+
+
+def killed_at(rig: Rig, output: str, steps: dict[str, MakeTrap]) -> None:
+    """Each of the steps kills one run of the same command; the last one is left alone."""
+    for step, trap in steps.items():
+        status, printed = rig.run_and_check_reads(output, trap)
+        assert status == -signal.SIGKILL, f"{step}: the trap did not spring:\n{printed}"
+    status, printed = rig.run_and_check_reads(output)
+    assert status == 0, printed
+    rig.require_right(output)
+
+
+def test_a_run_killed_at_each_step_ends_like_one_left_alone(rig: Rig) -> None:
+    killed_at(rig, "killed", {row: next(iter(traps.values())) for row, traps in STEPS.items()})
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("row", STEPS)
+def test_a_run_killed_at_every_variety_of_a_step_too(rig: Rig, row: str) -> None:
+    killed_at(rig, f"killed-{list(STEPS).index(row)}", STEPS[row])
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("step", RETIRING)
+def test_killed_while_an_older_version_is_taken_away(rig: Rig, step: str) -> None:
+    """One of two shards changes; what stands in the end is what a run over the changed input alone gives."""
+    name = f"retiring-{list(RETIRING).index(step)}"
+    source, older = rig.store(f"{name}-in"), rig.store("in").names("")[:3]
+    for target, origin in (("a.tar", older[0]), ("b.tar", older[1])):
+        source.put_atomic(target, rig.store("in").read(origin))
+    recipe = {"input": f"{source.root}/*.tar"}
+    assert rig.run(name, **recipe)[0] == 0
+    source.put_atomic("b.tar", rig.store("in").read(older[2]))
+    status, printed = rig.run(name, RETIRING[step], **recipe)
+    assert status == -signal.SIGKILL, f"the trap did not spring:\n{printed}"
+    assert rig.run(name, **recipe)[0] == 0
+    assert rig.run(f"{name}-reference", **recipe)[0] == 0
+    rig.require_right(name, f"{name}-reference")
+
+
+@pytest.mark.parametrize("row", [pytest.param(row, marks=[pytest.mark.long] * at) for at, row in enumerate(INDEXING)])
+def test_an_index_that_was_killed_is_built_again(rig: Rig, row: str) -> None:
+    """What was current stays so until the new one is whole."""
+    store, home = rig.store("reference"), "index/clip/image"
+    command = ["index", rig.recipe("reference"), "--shards", "2", "--force", "--address", rig.address]
+    vecmill(*command)
+    current = current_version(store, home)
+    status, printed = rig.run("reference", INDEXING[row], command)
+    assert status == -signal.SIGKILL, f"the trap did not spring:\n{printed}"
+    assert current_version(store, home) == current and read_release(store, "clip", "image").version == current
+    vecmill(*command)
+    collect(store)
+    assert list(problems(store, deep=True)) == [] and not unfinished(store, home)
+    release = read_release(store, "clip", "image")
+    assert release.version != current
+    assert sum(open_shard(store, release.folder, shard).ntotal for shard in release.shards) == release.parts.rows
+
+
+class Killer:
+    """Kills each kind of worker once, when the store sees a request of one that is at work. killed: their titles."""
+
+    def __init__(self) -> None:
+        self.killed: list[str] = []
+        self._victim: tuple[str, psutil.Process] | None = None
+
+    def trap(self, _: Command) -> Trap:
+        return Trap("*", self._found, self._kill, every=True)
+
+    def _found(self, _: str) -> bool:
+        left = [title for title in TITLES if title not in self.killed]
+        self._victim = next(((title, worker) for title in left if (worker := worker_of(title))), None)
+        return self._victim is not None
+
+    def _kill(self) -> None:
+        assert self._victim
+        title, worker = self._victim
+        worker.kill()
+        self.killed.append(title)
+
+
+def test_workers_that_are_killed_are_replaced(rig: Rig) -> None:
+    killer = Killer()
+    status, printed = rig.run("workers", killer.trap)
+    assert status == 0, printed
+    assert {*killer.killed} >= {*TITLES} - {"ray::MapBatches(Decode)"}, "some were never at work when seen"
+    rig.require_right("workers")
+
+
+def test_a_finished_run_reads_nothing_again_and_one_with_a_new_shard_that_alone(rig: Rig) -> None:
+    status, printed = rig.run_and_check_reads("killed")
+    assert status == 0 and f"0 shards embedded, {rig.shards} were done before" in printed
+    with rig.another_shard():
+        status, printed = rig.run_and_check_reads("killed")
+        assert status == 0 and f"1 shards embedded, {rig.shards} were done before" in printed
+
+
+@pytest.mark.long
+def test_killed_at_random_moments(rig: Rig) -> None:
+    """Thirty times the driver or one to three workers at once, at a random request; outputs one after the other."""
+    rng, kills, outputs = random.Random(3), Counter[str](), 0
+    while kills.total() < 30:
+        output, victim = f"random-{outputs}", rng.choice(["driver", "driver", "workers"])
+        at, count = rng.randint(10, 150), rng.randint(1, 3)
+
+        def trap(process: Command, victim: str = victim, at: int = at, count: int = count) -> Trap:
+            def kill() -> None:
+                if victim == "driver":
+                    os.kill(process.pid, signal.SIGKILL)
+                    kills["driver"] += 1
+                for worker in rng.sample(alive := workers(), min(count, len(alive))) if victim == "workers" else []:
+                    kills[worker.cmdline()[0]] += 1
+                    worker.kill()
+
+            return Trap("*", lambda path: True, kill, at)
+
+        status, printed = rig.run_and_check_reads(output, trap)
+        assert status in (0, -signal.SIGKILL), printed
+        if status == 0:
+            rig.require_right(output)
+            outputs += 1
+    print(dict(kills), f"{outputs} outputs")
+    assert rig.run(f"random-{outputs}")[0] == 0
+    rig.require_right(f"random-{outputs}")
