@@ -19,7 +19,7 @@ Deep = Annotated[bool, typer.Option("--deep", help="Read every part and compare 
 
 MEANING = {
     "orphan": "files under samples, embeddings and rejects that no commit names",
-    "staging": "work that a run began and did not commit",
+    "staging": "work that a run began; what of it is committed is put in its place first",
     "index": "files of index versions that were never finished",
     "retired": "commits of parts that are gone",
 }
@@ -43,7 +43,7 @@ def collect(output: OutputArgument, apply: Apply = False, as_json: AsJson = Fals
     if not found:
         out.print("Nothing to collect.")
     elif apply:
-        out.print(f"{len(found):,} objects are gone.", markup=False)
+        out.print(f"All {len(found):,} objects are dealt with.", markup=False)
     else:
         out.print("Nothing was changed. --apply deletes these, if no run is at work on the output.")
 

@@ -25,7 +25,7 @@ def raise_when_stopped() -> None:
 
 
 def _stop(number: int, _: Any) -> None:
-    # Once is enough: what is being cleared away should not be torn by impatience, nor by a second of the kind.
+    # What is being cleared away should not be torn by a second one; it takes seconds.
     for each in SIGNALS:
-        signal.signal(each, signal.SIG_IGN if each != signal.SIGINT else signal.default_int_handler)
+        signal.signal(each, signal.SIG_IGN)
     raise Stopped(number)

@@ -7,16 +7,28 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
+from pipelines.errors import LedgerError
 from pipelines.index.release import unfinished
-from pipelines.lease import COLLECT, FOLDER, held
-from pipelines.ledger import COMMITS, RETIRED, STAGING, list_commits, make_plan, place, read_commits, retire
+from pipelines.lease import COLLECT, Say, held
+from pipelines.ledger import (
+    COMMITS,
+    RETIRED,
+    STAGING,
+    CommitRef,
+    list_commits,
+    make_plan,
+    place,
+    read_commits,
+    retire,
+    staged,
+)
 from pipelines.storage import Store, is_temporary
 
 DATA = ("samples", "embeddings", "rejects")
-_PART = re.compile(r"part-(?P<stem>.+)\.parquet")
+_PART = re.compile(r"part-(?P<stem>[^.]+\.[^.]+\.\d+)\.parquet")
 
 
 @dataclass(frozen=True)
@@ -30,13 +42,18 @@ class Leftover:
 
 def leftovers(store: Store) -> list[Leftover]:
     """All there are now; of a run that is at work too, so that only `collect` may delete them. Changes nothing."""
-    named = {family: _stems(store, family) for family in _families(store)}
-    found = [*_of_parts(store, named), *_of_staging(store), *_of_indexes(store)]
+    # Data first, commits second: whatever is placed was committed before.
+    data = [(path, size) for top in DATA for path, size in store.sizes(top)]
+    staging = [Leftover("staging", path, size) for path, size in store.sizes(STAGING)]
+    named = {family: {ref.stem for ref in list_commits(store, family)} for family in _families(store)}
+    found = [Leftover("orphan", path, size) for path, size in data if _is_orphan(path, named)]
+    found += [Leftover("orphan", *item) for top in (COMMITS, "reports") for item in store.sizes(top) if _is_torn(item)]
+    found += [*staging, *_of_indexes(store)]
     found += [Leftover("retired", path, size) for path, size in store.sizes(RETIRED)]
     return found
 
 
-def collect(store: Store, say: Callable[[str], None] = lambda line: None) -> list[Leftover]:
+def collect(store: Store, say: Say = lambda line: None) -> list[Leftover]:
     """Deletes what no commit and no release names; what was begun and only lacks its end is finished first.
 
     Returns what there was. Raises: HeldError while a run is at work on the output.
@@ -44,11 +61,19 @@ def collect(store: Store, say: Callable[[str], None] = lambda line: None) -> lis
     with held(store, COLLECT, "collect", excludes=lambda other: True, say=say):
         before = leftovers(store)
         _finish(store)
+        known = _commits(store)
         store.delete(leftover.path for leftover in leftovers(store))
-        store.delete_folder(STAGING)
-        # All others are dead: no lease is held beside this one.
-        store.delete(f"{FOLDER}/{name}" for name in store.names(FOLDER) if not name.startswith(f"{COLLECT}/"))
+        _withdraw(store, _commits(store) - known)
     return before
+
+
+def _withdraw(store: Store, committed: set[CommitRef]) -> None:
+    """Commits made meanwhile by a task of a run that is dead: placed, or taken back where the parts have gone."""
+    for standing in read_commits(store, committed):
+        try:
+            place(store, standing)
+        except LedgerError:
+            store.delete([standing.ref.path])
 
 
 def totals(found: Iterable[Leftover]) -> dict[str, tuple[int, int]]:
@@ -67,8 +92,8 @@ def _finish(store: Store) -> None:
     for ref in make_plan(store, [], families).superseded:
         retire(store, ref)
     for family in families:
-        staged = {name.split("/")[0].rpartition(".")[0] for name in store.names(f"{STAGING}/{family}")}
-        unplaced = (ref for ref in list_commits(store, family) if f"{ref.shard}.{ref.version}" in staged)
+        in_staging = staged(store, family)
+        unplaced = (ref for ref in list_commits(store, family) if f"{ref.shard}.{ref.version}" in in_staging)
         for standing in read_commits(store, unplaced):
             place(store, standing)
 
@@ -78,24 +103,20 @@ def _families(store: Store) -> list[str]:
     return sorted({name.split("/")[0] for name in names if "/" in name})
 
 
-def _stems(store: Store, family: str) -> set[str]:
-    return {ref.stem for ref in list_commits(store, family)}
+def _commits(store: Store) -> set[CommitRef]:
+    return {ref for family in _families(store) for ref in list_commits(store, family)}
 
 
-def _of_parts(store: Store, named: dict[str, set[str]]) -> Iterator[Leftover]:
-    for top in DATA:
-        for path, size in store.sizes(top):
-            folder, _, name = path.rpartition("/")
-            part = _PART.fullmatch(name)
-            family = folder.split("/")[1] if "/" in folder else top
-            if is_temporary(name) or (part and part["stem"] not in named.get(family, ())):
-                yield Leftover("orphan", path, size)
-    for top in (COMMITS, "reports"):
-        yield from (Leftover("orphan", path, size) for path, size in store.sizes(top) if is_temporary(path))
+def _is_orphan(path: str, named: dict[str, set[str]]) -> bool:
+    """A part of ours that no commit of its family names, or what a torn put left."""
+    folders, _, name = path.rpartition("/")
+    part = _PART.fullmatch(name)
+    family = folders.split("/")[1] if "/" in folders else folders
+    return is_temporary(name) or bool(part and part["stem"] not in named.get(family, ()))
 
 
-def _of_staging(store: Store) -> Iterator[Leftover]:
-    yield from (Leftover("staging", path, size) for path, size in store.sizes(STAGING))
+def _is_torn(item: tuple[str, int]) -> bool:
+    return is_temporary(item[0])
 
 
 def _of_indexes(store: Store) -> Iterator[Leftover]:

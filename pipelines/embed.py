@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import time
 import uuid
+from dataclasses import replace
 from datetime import UTC, datetime
 from typing import Any
 
@@ -16,7 +17,7 @@ from pipelines.encode import Encode
 from pipelines.errors import LedgerError
 from pipelines.failures import plain_errors
 from pipelines.lease import Say, held
-from pipelines.ledger import conclude, retire, settle, tally
+from pipelines.ledger import conclude, make_plan, retire, settle, tally
 from pipelines.meter import OnProgress, RemoteObserve, reading, reporting, start_meter
 from pipelines.observe import Observe, Stages, bottleneck
 from pipelines.prepare import Prepared, require_output
@@ -78,6 +79,9 @@ def embed(
     started = time.monotonic()
     require_output(run.store)
     with held(run.store, f"embed/{run.folder}", "embed", say=say):
+        # Another run may have ended since this one was planned.
+        others = run.record.encoders.keys() - {run.folder}
+        run = replace(run, plan=make_plan(run.store, run.plan.shards, run.families, others))
         write_record(run.store, run.record)
         settle(run.store, run.plan)
         meter = start_meter()

@@ -55,6 +55,13 @@ def _explained(error: BaseException, run: Prepared) -> VecmillError | None:
             f"The encode actor cannot start or keeps dying: {_last_line(error)}",
             "Most often its node has too little memory for the model: lower encode.batch_size or encode.actors.",
         )
+    if isinstance(
+        error, ray.exceptions.WorkerCrashedError | ray.exceptions.OutOfMemoryError | ray.exceptions.NodeDiedError
+    ):
+        return WorkerError(
+            f"A process of Ray's died and was not replaced: {_last_line(error)}",
+            "Run the same command again; should it die again, see whether its node has the memory that it needs.",
+        )
     if isinstance(error, ray.exceptions.OutOfDiskError | ray.exceptions.ObjectStoreFullError):
         return WorkerError(
             f"Ray's object store is full, and so is the disk that it spills to: {_last_line(error)}",

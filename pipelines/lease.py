@@ -23,13 +23,14 @@ import psutil
 from pydantic import BaseModel
 
 from pipelines.errors import HeldError, VecmillError
-from pipelines.storage import Store
+from pipelines.storage import Store, is_whole_json
 
 FOLDER = "leases"
 COLLECT = "collect"
 RENEW_S = 5.0
-LIMIT_S = 30.0
-"""A lease that its holder has not renewed for so long is taken over."""
+LIMIT_S = 60.0
+"""A lease that its holder has not renewed for so long is taken over: longer than one request may take."""
+PATIENCE_S = 3.0
 
 Say = Callable[[str], None]
 
@@ -43,7 +44,7 @@ class Holder(BaseModel):
     host: str
     machine: str
     pid: int
-    started: float
+    started: str
     since: str
     renewed: int = 0
 
@@ -58,7 +59,7 @@ def this_process(verb: str) -> Holder:
         host=socket.gethostname(),
         machine=machine(),
         pid=os.getpid(),
-        started=psutil.Process().create_time(),
+        started=start_of(os.getpid()),
         since=f"{datetime.now(UTC):%Y-%m-%d %H:%M:%S} UTC",
     )
 
@@ -73,6 +74,17 @@ def machine() -> str:
             str(Path("/proc/self/ns/pid").readlink()),
         ]
     return " ".join(parts)
+
+
+def start_of(pid: int) -> str:
+    """When a process started, in the kernel's own count where it tells it: the wall clock may be set meanwhile.
+
+    Raises: OSError or psutil.Error where there is no such process.
+    """
+    stat = Path(f"/proc/{pid}/stat")
+    if stat.parent.parent.exists():
+        return stat.read_text().rpartition(")")[2].split()[19]
+    return str(round(psutil.Process(pid).create_time()))
 
 
 @contextmanager
@@ -93,11 +105,11 @@ def held(
     lease = _Lease(store, name, this_process(verb), limit_s, say)
     lease.take()
     try:
-        # Taken first, looked for others second: of two that exclude each other, at least one sees the other.
-        for other in _names(store):
-            if other != name and excludes(other):
-                _Lease(store, other, lease.holder, limit_s, say).require_free()
         with lease.renewed_every(renew_s):
+            # Taken first, looked for others second: of two that exclude each other, at least one sees the other.
+            for other in _names(store):
+                if other != name and excludes(other):
+                    _Lease(store, other, lease.holder, limit_s, say).require_free()
             yield
     except BaseException:
         if not lease.lost:
@@ -128,8 +140,13 @@ class _Lease:
                 return
 
     def require_free(self) -> None:
-        """Raises: HeldError where a process that lives holds it."""
-        self._require_over(self._epochs())
+        """Removes the lease of a dead process, which ends that one should it only have slept.
+
+        Raises: HeldError where one that lives holds it.
+        """
+        epochs = self._epochs()
+        self._require_over(epochs)
+        self._store.delete(self._path(epoch) for epoch in epochs)
 
     def _require_over(self, epochs: list[int]) -> None:
         standing = self._standing(epochs)
@@ -163,7 +180,7 @@ class _Lease:
             yield
         finally:
             over.set()
-            thread.join()
+            thread.join(PATIENCE_S)
 
     def _renew_until(self, over: threading.Event, renew_s: float) -> None:
         while not over.wait(renew_s):
@@ -175,14 +192,20 @@ class _Lease:
                 return
 
     def _renew(self) -> None:
-        if max(self._epochs(), default=0) != self._epoch:
+        """Lost where another's stands in its place, or none: whoever judged this process dead has removed it."""
+        if max(self._epochs(), default=0) != self._epoch or not self._is_ours():
             self.lost = True
             return
         self.holder.renewed += 1
         self._store.put_atomic(self._path(self._epoch), self._bytes())
 
     def drop(self) -> None:
-        """A store that does not answer now leaves the lease to its limit, and the error that brought us here."""
+        """A store that does not answer now leaves the lease to its limit; whoever stops a run is not kept waiting."""
+        thread = threading.Thread(target=self._drop, daemon=True)
+        thread.start()
+        thread.join(PATIENCE_S)
+
+    def _drop(self) -> None:
         with suppress(OSError, VecmillError):
             if self._is_ours():
                 self._store.delete([self._path(self._epoch)])
@@ -191,12 +214,12 @@ class _Lease:
         """Of the highest epoch. One that is not to be read, as of a later version of this program, is no holder."""
         for epoch in sorted(epochs, reverse=True):
             with suppress(FileNotFoundError, ValueError):
-                return Holder.model_validate_json(self._store.read(self._path(epoch)))
+                return Holder.model_validate_json(self._store.read(self._path(epoch), is_whole_json))
         return None
 
     def _is_ours(self) -> bool:
         with suppress(FileNotFoundError, ValueError):
-            there = Holder.model_validate_json(self._store.read(self._path(self._epoch)))
+            there = Holder.model_validate_json(self._store.read(self._path(self._epoch), is_whole_json))
             return there.token == self.holder.token
         return False
 
@@ -227,8 +250,7 @@ def _goes_on(holder: Holder) -> bool:
 
 def _is_running(holder: Holder) -> bool:
     """A number may have gone to another process since; the time it started tells them apart."""
-    with suppress(psutil.Error):
-        process = psutil.Process(holder.pid)
-        is_the_same = abs(process.create_time() - holder.started) < 1
-        return bool(is_the_same and process.status() != psutil.STATUS_ZOMBIE)
+    with suppress(OSError, psutil.Error):
+        is_the_same = start_of(holder.pid) == holder.started
+        return bool(is_the_same and psutil.Process(holder.pid).status() != psutil.STATUS_ZOMBIE)
     return False

@@ -15,7 +15,7 @@ from typing import NamedTuple
 from pydantic import BaseModel
 
 from pipelines.contracts import SAMPLES_FAMILY, Shard
-from pipelines.errors import LedgerError
+from pipelines.errors import LedgerError, StorageError
 from pipelines.storage import Store, is_whole_json
 
 COMMITS, RETIRED, STAGING = "commits", "retired", "staging"
@@ -164,20 +164,20 @@ def make_plan(store: Store, shards: list[Shard], families: Iterable[str], others
     lacking: dict[str, list[str]] = defaultdict(list)
     plan = Plan(shards, [], defaultdict(list))
     for family in families:
-        standing, staged = _standing(store, family, versions, plan), _staged(store, family)
+        standing = _standing(store, family, versions, plan)
         for shard in shards:
             if (shard.id, shard.version) not in standing:
                 lacking[shard.id].append(family)
-        _sort_out(standing, standing.keys(), versions, staged, plan)
+        _sort_out(standing, standing.keys(), versions, staged(store, family), plan)
     if others:
         replaced = {(ref.shard, ref.version) for ref in list_commits(store, SAMPLES_FAMILY)}
         for family in others:
-            _sort_out(_standing(store, family, {}, plan), replaced, versions, _staged(store, family), plan)
+            _sort_out(_standing(store, family, {}, plan), replaced, versions, staged(store, family), plan)
     plan.pending.extend(Work(shard, tuple(lacking[shard.id])) for shard in shards if shard.id in lacking)
     return plan
 
 
-def _staged(store: Store, family: str) -> set[str]:
+def staged(store: Store, family: str) -> set[str]:
     """`shard.version` of every staging folder."""
     return {name.split("/")[0].rpartition(".")[0] for name in store.names(f"{STAGING}/{family}")}
 
@@ -205,7 +205,7 @@ def _sort_out(
     standing: dict[tuple[str, str], CommitRef],
     committed: Collection[tuple[str, str]],
     versions: dict[str, str],
-    staged: set[str],
+    in_staging: set[str],
     plan: Plan,
 ) -> None:
     """Files each standing commit: current (perhaps unplaced), of an older version, or of a vanished shard.
@@ -216,7 +216,7 @@ def _sort_out(
     for (shard, version), ref in standing.items():
         current = versions.get(shard)
         if current == version:
-            if f"{shard}.{version}" in staged:
+            if f"{shard}.{version}" in in_staging:
                 plan.unplaced.append(ref)
         elif current is None:
             (plan.recut if _object_of(shard) in objects else plan.vanished).append(ref)
@@ -264,9 +264,20 @@ def place(store: Store, standing: Commit, fingerprint: str | None = None) -> Non
                         f"{store.uri(part.final)} is named by a commit but is not there",
                         f"Move {store.uri(standing.ref.path)} away and run again: its shard will be done again.",
                     ) from None
+            require_placed(store, part)
     store.delete_folder(
         staging_folder(standing.family, standing.shard, standing.version, fingerprint or standing.fingerprint)
     )
+
+
+def require_placed(store: Store, part: Part) -> None:
+    """Of a part that was just copied. Raises: StorageError."""
+    there = store.stat(part.final, listed=True).bytes
+    if there != part.bytes:
+        raise StorageError(
+            f"{store.uri(part.final)} has {there} bytes after it was copied, of {part.bytes}",
+            "Run the same command again.",
+        )
 
 
 def _is_placed(store: Store, part: Part) -> bool:

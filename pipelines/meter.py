@@ -59,7 +59,10 @@ def reporting(meter: Any, on_progress: OnProgress, interval_s: float) -> Iterato
     thread.start()
     try:
         yield
-    finally:
+    except BaseException:
+        # Whoever stops a run, or learns that it failed, is not kept waiting for numbers.
         stop.set()
-        thread.join()
-        report()
+        raise
+    stop.set()
+    thread.join()
+    report()

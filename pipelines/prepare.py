@@ -203,9 +203,12 @@ def require_output(store: Store) -> None:
             f"{store.root} cannot be an output: its protocol cannot be written by several processes",
             "Use a folder that every node sees, or object storage.",
         )
-    probe = f"staging/probe-{uuid.uuid4().hex}"
+    token = uuid.uuid4().hex
+    probe, first = f"staging/probe-{token}", token.encode()
     try:
-        exclusive = store.put_if_absent(probe, b"") and not store.put_if_absent(probe, b"")
+        # Not put, and yet ours: its acknowledgement was lost.
+        created = store.put_if_absent(probe, first) or store.read(probe) == first
+        exclusive = created and not store.put_if_absent(probe, b"")
         store.delete([probe])
     except (OSError, StorageError) as error:
         raise PreflightError(f"{store.root} cannot be written: {error}", "Check the path and permissions.") from None

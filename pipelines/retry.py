@@ -14,8 +14,9 @@ T = TypeVar("T")
 
 # With the waits below, about half a minute in all, on top of what the clients themselves try.
 ATTEMPTS = 8
-# No attempt begins after this: of a store that takes connections and says nothing, each lasts more than a minute.
-PATIENCE_S = 60
+# Of a store that takes connections and says nothing each attempt lasts more than a minute: after this, no more than
+# LEAST_ATTEMPTS. What takes long because it is large gets as many, too.
+PATIENCE_S, LEAST_ATTEMPTS = 60, 3
 # For an object that was listed a moment ago, about two seconds.
 LISTED_ATTEMPTS = 5
 
@@ -62,7 +63,7 @@ def retrying(call: Callable[[], T], what: str, listed: bool = False) -> T:
 
     attempts = Retrying(
         retry=retry_if_exception(is_worth_another),
-        stop=stop_after_attempt(ATTEMPTS) | stop_after_delay(PATIENCE_S),
+        stop=stop_after_attempt(ATTEMPTS) | (stop_after_delay(PATIENCE_S) & stop_after_attempt(LEAST_ATTEMPTS)),
         wait=wait_random_exponential(multiplier=0.3, max=20),
         reraise=True,
     )

@@ -49,7 +49,7 @@ class _ResumingStream(io.RawIOBase):
                 self._reopen()
                 raise
 
-        data = retrying(read, f"Cannot read {self._uri} at byte {self._at}")
+        data = retrying(read, f"Cannot read {self._uri} at byte {self._at}", self._listed)
         buffer[: len(data)] = data
         self._at += len(data)
         return len(data)

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 
 from pipelines.collect import leftovers, totals
 from pipelines.contracts import SAMPLES_FAMILY
-from pipelines.ledger import COMMITS, Commit, CommitRef, Part, list_commits, read_commits
+from pipelines.ledger import COMMITS, Commit, CommitRef, Part, list_commits, read_commits, staged
 from pipelines.storage import COPY_BYTES, Store
 
 
@@ -41,11 +41,17 @@ def _doubles(family: str, refs: list[CommitRef]) -> Iterator[str]:
 def _of_parts(store: Store, commit: Commit, sizes: dict[str, int], deep: bool) -> Iterator[str]:
     for part in commit.parts:
         if part.final not in sizes:
-            yield f"{part.final} is missing; run the same embed command again"
+            yield f"{part.final} is missing; {_remedy(store, commit)}"
         elif sizes[part.final] != part.bytes:
             yield f"{part.final} has {sizes[part.final]:,} bytes; its commit says {part.bytes:,}"
         elif deep and _digest(store, part) != part.sha256:
             yield f"{part.final} is damaged: its checksum is not that of its commit"
+
+
+def _remedy(store: Store, commit: Commit) -> str:
+    if f"{commit.shard}.{commit.version}" in staged(store, commit.family):
+        return "it is in staging still: run the same embed command again"
+    return f"move {commit.ref.path} away and run the same embed command again, which does the shard again"
 
 
 def _of_counts(commit: Commit) -> Iterator[str]:
@@ -55,6 +61,9 @@ def _of_counts(commit: Commit) -> Iterator[str]:
         rows = sum(part.rows for part in commit.parts if part.dataset == f"embeddings/{commit.family}/{modality}")
         if rows != count.embedded:
             yield f"{commit.ref.path}: {rows:,} {modality} vectors in its parts, {count.embedded:,} counted"
+    samples = sum(part.rows for part in commit.parts if part.dataset == SAMPLES_FAMILY)
+    if commit.family == SAMPLES_FAMILY and samples != commit.rows:
+        yield f"{commit.ref.path}: {samples:,} rows in its part, {commit.rows:,} counted"
 
 
 def _digest(store: Store, part: Part) -> str:

@@ -122,7 +122,13 @@ def write_family(store: Store, family: Family, incoming: Incoming, write: WriteC
         store.delete(part.staged for part in candidate.parts)
     for old in incoming.older:
         retire(store, old)
-    place(store, standing)
+    try:
+        place(store, standing)
+    except LedgerError:
+        # Its parts were collected while this task was thought to be dead: no data, so no commit.
+        if standing.attempt == candidate.attempt:
+            store.delete([ref.path])
+        raise
     return standing
 
 

@@ -33,6 +33,7 @@ from pipelines.index.release import (
 )
 from pipelines.index.train import train
 from pipelines.index.tune import apply, query_ms, tune
+from pipelines.lease import held
 from pipelines.observe import Clock, peak_memory_mib
 from pipelines.record import read_record
 from pipelines.storage import Store, scratch_folder
@@ -63,7 +64,9 @@ def build_index(
         return latest
     plan = make_plan(parts, settings)
     require_room(plan)
-    return _publish(Build(store, encoder, modality, plan, settings), latest, fingerprint, progress)
+    # A name of its own: two builds may run at once, but nothing may be collected under them.
+    with held(store, f"index/{encoder}.{modality}.{uuid.uuid4().hex[:12]}", "index", say=progress):
+        return _publish(Build(store, encoder, modality, plan, settings), latest, fingerprint, progress)
 
 
 def _publish(build: Build, latest: Release | None, fingerprint: str, progress: Progress) -> Release:

@@ -14,7 +14,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 
 from pipelines.errors import IndexBuildError
 from pipelines.index.parts import Parts
-from pipelines.storage import Store
+from pipelines.storage import Store, is_whole_json
 
 FORMAT = 1
 MANIFEST, CLAIM, POINTER = "manifest.json", "build.json", "CURRENT"
@@ -122,8 +122,12 @@ def finish(store: Store, release: Release) -> None:
 
 def current_version(store: Store, folder: str) -> str | None:
     with suppress(FileNotFoundError):
-        return store.read(f"{folder}/{POINTER}").decode().strip()
+        return store.read(f"{folder}/{POINTER}", _is_version).decode().strip()
     return None
+
+
+def _is_version(data: bytes) -> bool:
+    return bool(_VERSION.fullmatch(data.decode(errors="replace").strip()))
 
 
 def read_release(store: Store, encoder: str, modality: str, version: str | None = None) -> Release:
@@ -134,7 +138,7 @@ def read_release(store: Store, encoder: str, modality: str, version: str | None 
         raise IndexBuildError(f"{store.uri(folder)} has no index", "Run `vecmill index` first, or search with --exact.")
     path = f"{folder}/{version}/{MANIFEST}"
     try:
-        return Release.model_validate_json(store.read(path))
+        return Release.model_validate_json(store.read(path, is_whole_json))
     except FileNotFoundError:
         raise IndexBuildError(
             f"{store.uri(path)} does not exist", f"See the versions in {store.uri(folder)}."

@@ -60,7 +60,7 @@ class Rig:
     def store(self, output: str) -> Store:
         return Store(f"s3://{BUCKET}/{output}", self.storage)
 
-    def recipe(self, output: str, **more: Any) -> str:
+    def recipe(self, output: str, /, **more: Any) -> str:
         recipe = settings(f"s3://{BUCKET}/in/*.tar", f"s3://{BUCKET}/{output}", self.checkpoint, storage=self.storage)
         return write_recipe(self.folder / f"{output}.yaml", recipe | more)
 
@@ -69,7 +69,7 @@ class Rig:
         patience = {"read_timeout": timeout_s, "connect_timeout": timeout_s}
         return {"s3": {**self.storage["s3"], "config_kwargs": patience}}
 
-    def command(self, output: str, **more: Any) -> list[str]:
+    def command(self, output: str, /, **more: Any) -> list[str]:
         return ["embed", self.recipe(output, **more), "--address", self.address]
 
     def run(

@@ -39,9 +39,6 @@ def test_a_run_that_is_stopped_keeps_what_is_committed_and_says_how_to_go_on(rig
     assert status == 128 + number
     assert "What is committed stays; run the same command to go on." in printed and "Traceback" not in printed
     assert list(list_commits(rig.store(output), "clip")) and rig.store(output).names("leases") == []
-    status, printed = rig.run_and_check_reads(output)
-    assert status == 0 and "0 were done before" not in printed, printed
-    rig.require_right(output)
 
 
 @pytest.mark.long

@@ -18,7 +18,7 @@ from tests.flow.command import TIMEOUT_S
 from tests.flow.outputs import assert_same
 from tests.flow.runs import embedded, settings
 
-pytestmark = pytest.mark.timeout(2 * TIMEOUT_S)
+pytestmark = [pytest.mark.timeout(2 * TIMEOUT_S), pytest.mark.long]
 
 SHARDS, SAMPLES = 8, 160
 # A killed node is noticed soon, and a slow machine's is not taken for dead.

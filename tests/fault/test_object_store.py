@@ -1,9 +1,7 @@
-"""On a real object gateway (Ceph): races, refused credentials, and a run that is killed and resumed."""
+"""On a real object gateway (Ceph): races, and refused credentials."""
 
 from __future__ import annotations
 
-import os
-import signal
 import threading
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -12,14 +10,11 @@ from typing import Any
 import pytest
 import s3fs
 
-from pipelines.ledger import list_commits
 from pipelines.scenes import write_shards
 from pipelines.storage import Store
 from tests.ceph import missing_programs
-from tests.flow.command import TIMEOUT_S, Command, vecmill
-from tests.flow.outputs import assert_same
-from tests.flow.runs import embedded, settings, write_recipe
-from tests.s3_proxy import S3Proxy, Trap
+from tests.flow.command import TIMEOUT_S, vecmill
+from tests.flow.runs import settings, write_recipe
 
 pytestmark = [
     pytest.mark.timeout(2 * TIMEOUT_S),
@@ -66,32 +61,3 @@ def test_a_wrong_secret_is_one_clear_message(
     printed = vecmill(verb, write_recipe(tmp_path / "recipe.yaml", recipe), *address, status=2)
     assert "Traceback" not in printed
     assert f"{bucket}/" in printed and "access" in printed.lower()
-
-
-def test_killed_as_a_commit_lands_and_resumed(
-    ceph_store: Options, bucket: str, checkpoint: Path, ray_local: str, tmp_path: Path
-) -> None:
-    reference, report = embedded(settings(f"{bucket}/in/*.tar", f"{bucket}/reference", checkpoint, storage=ceph_store))
-    assert report["items"]["image"]["items"] == SAMPLES
-    with S3Proxy(ceph_store["s3"]["endpoint_url"]) as proxy:
-        through = {"s3": {**ceph_store["s3"], "endpoint_url": proxy.url}}
-        recipe = settings(f"{bucket}/in/*.tar", f"{bucket}/killed", checkpoint, storage=through)
-        path = write_recipe(tmp_path / "recipe.yaml", recipe)
-        kill_at_first_commit(proxy, path, ray_local)
-        store = Store(f"{bucket}/killed", ceph_store)
-        assert list(list_commits(store, "clip"))
-        assert "0 were done before" not in vecmill("embed", path, "--address", ray_local)
-        assert "0 shards embedded, 2 were done before" in vecmill("embed", path, "--address", ray_local)
-    assert_same(store, reference)
-    assert store.names("staging") == []
-
-
-def kill_at_first_commit(proxy: S3Proxy, recipe: str, address: str) -> None:
-    """SIGKILL once the store has the encoder's first commit; its acknowledgement is lost."""
-    process = Command(["embed", recipe, "--address", address])
-    proxy.trap = Trap(
-        "PUT", lambda path: "/killed/commits/clip/" in path, lambda: os.kill(process.pid, signal.SIGKILL), after=True
-    )
-    status, printed = process.wait()
-    assert status == -signal.SIGKILL, printed
-    proxy.trap = None

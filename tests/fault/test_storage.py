@@ -16,7 +16,6 @@ from pipelines.verify import problems
 from tests.fault.rig import Rig
 from tests.flow.command import TIMEOUT_S, Command
 from tests.flow.outputs import assert_same
-from tests.flow.runs import settings, write_recipe
 from tests.s3_proxy import PASSING, Chaos
 
 pytestmark = pytest.mark.timeout(2 * TIMEOUT_S)
@@ -98,13 +97,9 @@ def disk_of(size: str, folder: Path) -> Iterator[Path]:
         subprocess.run(["umount", "--lazy", str(folder)], check=True)
 
 
-def test_a_disk_that_is_full_ends_the_run_and_room_lets_it_go_on(
-    rig: Rig, checkpoint: Path, ray_local: str, tmp_path: Path
-) -> None:
-    where = str(rig.folder / "shards")
+def test_a_disk_that_is_full_ends_the_run_and_room_lets_it_go_on(rig: Rig, tmp_path: Path) -> None:
     with disk_of("150k", tmp_path / "disk") as disk:
-        recipe = settings([f"{where}/*-0000{at}.tar" for at in range(rig.shards)], disk / "out", checkpoint)
-        command = ["embed", write_recipe(tmp_path / "recipe.yaml", recipe), "--address", ray_local]
+        command = rig.command("full", output=str(disk / "out"))
         status, printed = Command(command).wait()
         assert status == 1 and "No space left on device" in printed and "Traceback" not in printed, printed
         assert str(disk / "out") in printed and "run the same command again" in printed

@@ -31,7 +31,7 @@ pytestmark = [
 
 # Of one size (224 x 224, many of them upscaled), and of the photos' own shapes.
 TARS = ("photos-00000.tar", "photos-00004.tar")
-PHOTOS, CAPTIONS_EACH, COMPARED = 400, 5, 32
+PHOTOS, CAPTIONS_EACH, COMPARED = 256, 5, 32
 INDEX_KEY = "OPQ32_128,IVF4,PQ32x8"
 VIT_B_32: dict[str, Any] = {
     "embed_dim": 512,

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 import pytest
@@ -10,7 +10,7 @@ import pytest
 from pipelines.collect import collect, leftovers, totals
 from pipelines.config import WriteConfig
 from pipelines.contracts import Shard
-from pipelines.errors import HeldError
+from pipelines.errors import HeldError, LedgerError
 from pipelines.lease import held
 from pipelines.ledger import RETIRED, list_commits, make_plan, retire, settle
 from pipelines.storage import Store
@@ -152,6 +152,45 @@ def test_a_shard_whose_staging_was_collected_is_done_again(output: Store) -> Non
     write(output, version="v2")
     assert {ref.version for ref in list_commits(output, ENCODER.name)} == {"v1", "v2"}
     assert [told for told in problems(output) if "2 commits of shard" in told]
+
+
+class Slow(Store):
+    """The real store, in which a task of a dead run commits and places while the leftovers are deleted."""
+
+    def delete(self, paths: Iterable[str]) -> None:
+        paths = list(paths)
+        if any(path.startswith("staging/") for path in paths) and not Slow.late:
+            Slow.late = True
+            write(Store(self.root), version="v3")
+        super().delete(paths)
+
+    late = False
+
+
+def test_what_a_late_task_commits_meanwhile_stays(output: Store) -> None:
+    probe(output)
+    Slow.late = False
+    collect(Slow(output.root))
+    assert Slow.late and {ref.version for ref in list_commits(output, ENCODER.name)} == {"v1", "v3"}
+    assert not [told for told in problems(output, deep=True) if "2 commits" not in told]
+
+
+class Collected(Store):
+    """The real store, in which staging is collected between a commit and its placing."""
+
+    def copy(self, source: str, target: str) -> None:
+        self.delete_folder("staging")
+        super().copy(source, target)
+
+
+def test_a_commit_whose_parts_were_collected_is_taken_back(tmp_path: Path) -> None:
+    """Else the shard would count as done, and its data be nowhere."""
+    store = Store(str(tmp_path))
+    with pytest.raises(LedgerError, match="is named by a commit but is not there"):
+        write(Collected(store.root))
+    assert store.names("commits") == []
+    write(store)
+    assert list(problems(store, deep=True)) == []
 
 
 DAMAGE: dict[str, tuple[Callable[[bytes], bytes], str]] = {

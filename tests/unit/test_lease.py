@@ -86,7 +86,7 @@ def test_that_of_a_process_that_was_killed_here_is_taken_at_once(tmp_path: Path)
 
 def test_a_process_number_that_another_has_now_is_no_holder(tmp_path: Path) -> None:
     store = Store(str(tmp_path))
-    put(store, this_process("embed").model_copy(update={"started": 1.0}))
+    put(store, this_process("embed").model_copy(update={"started": "1"}))
     with held(store, NAME, "embed"):
         assert store.names(PATH) == ["2.json"]
 
@@ -127,6 +127,19 @@ def test_a_holder_that_was_followed_is_ended(store: Store) -> None:
     assert store.names(PATH) == ["1.json", "2.json"] or store.names(PATH) == ["2.json"]
 
 
+@pytest.mark.parametrize("what", ["removed", "another's"])
+def test_a_holder_whose_lease_is_gone_is_ended(store: Store, what: str) -> None:
+    """Numbers begin anew when nobody holds it: that of another may be the same."""
+    with pytest.raises(HeldError, match="taken over"), held(store, NAME, "embed", renew_s=0.1):
+        if what == "removed":
+            store.delete([f"{PATH}/1.json"])
+        else:
+            put(store, stranger())
+        for _ in range(600):
+            time.sleep(0.1)
+    assert store.names(PATH) == ([] if what == "removed" else ["1.json"])
+
+
 def test_of_many_that_follow_one_does(store: Store) -> None:
     put(store, stranger())
     racers = 8
@@ -152,9 +165,10 @@ def test_collecting_and_running_exclude_each_other(store: Store) -> None:
         with pytest.raises(HeldError), held(store, COLLECT, "collect", excludes=lambda other: True):
             raise AssertionError("both")
         with held(store, "embed/other", "embed"):
-            pass
+            assert store.names("leases") == ["embed/clip/1.json", "embed/other/1.json"]
+    put(store, stranger())
     with (
-        held(store, COLLECT, "collect", excludes=lambda other: True),
+        held(store, COLLECT, "collect", excludes=lambda other: True, limit_s=1),
         pytest.raises(HeldError),
         held(store, NAME, "embed"),
     ):
