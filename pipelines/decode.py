@@ -35,7 +35,7 @@ Image.init()
 FORMATS = tuple(name for name in _FORMATS if name in Image.OPEN)  # as this build of Pillow has them
 # Measured at the peak, with what comes after decoding. A pixel takes 4, and as many again while it is turned or
 # converted; progressive JPEGs are held as coefficients, and the other libraries keep planes and frames of their own.
-_BYTES_PER_PIXEL = {"TIFF": 12, "WEBP": 20, "AVIF": 20, "JPEG2000": 28}
+_BYTES_PER_PIXEL = {"GIF": 12, "PSD": 12, "TIFF": 12, "WEBP": 20, "AVIF": 20, "JPEG2000": 28}
 _CUT_SHORT = ("truncated", "broken data stream", "end of file", "unexpected eof")
 
 
@@ -184,7 +184,8 @@ def open_image(data: bytes, max_pixels: int) -> Image.Image | Reject:
 
 def _needed_bytes(image: Image.Image, file_bytes: int) -> int:
     """Memory at the peak of decoding. The file is there twice: in its block, and on its own."""
-    heavy = "progressive" in image.info or getattr(image, "is_animated", False)
+    # GIF and others read the second frame to tell, and fail where it is broken and the first is not.
+    heavy = "progressive" in image.info or (image.format == "PNG" and getattr(image, "is_animated", False))
     per_pixel = _BYTES_PER_PIXEL.get(str(image.format), BYTES_PER_PIXEL if heavy else 8)
     return image.width * image.height * per_pixel + 2 * file_bytes
 

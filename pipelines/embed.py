@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import time
 import uuid
+from contextlib import AbstractContextManager
 from dataclasses import replace
 from datetime import UTC, datetime
 from typing import Any
@@ -17,7 +18,7 @@ from pipelines.encode import Encode
 from pipelines.errors import LedgerError
 from pipelines.failures import plain_errors
 from pipelines.lease import Say, held
-from pipelines.ledger import conclude, make_plan, retire, settle, tally
+from pipelines.ledger import Work, conclude, make_plan, retire, settle, tally
 from pipelines.meter import OnProgress, RemoteObserve, reading, reporting, start_meter
 from pipelines.observe import Observe, Stages, bottleneck
 from pipelines.prepare import Prepared, require_output
@@ -86,7 +87,7 @@ def embed(
         settle(run.store, run.plan)
         meter = start_meter()
         if run.plan.pending:
-            with reporting(meter, on_progress, progress_interval_s), plain_errors(run):
+            with reporting(meter, on_progress, progress_interval_s), failing_plainly(run):
                 write_pending(run, RemoteObserve(meter))
             finish(run)
         if prune:
@@ -95,6 +96,13 @@ def embed(
         report = make_report(run, reading(meter), time.monotonic() - started)
         run.store.put_atomic(f"reports/{report['run']}.json", json.dumps(report, indent=2).encode())
     return report
+
+
+def failing_plainly(run: Prepared) -> AbstractContextManager[None]:
+    def pending() -> list[Work]:
+        return make_plan(run.store, run.plan.shards, run.families).pending
+
+    return plain_errors(run.config.cluster.no_progress_timeout_s, pending)
 
 
 def write_pending(run: Prepared, observe: Observe) -> None:

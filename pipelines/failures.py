@@ -3,29 +3,33 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 
 import ray
 from ray.data.exceptions import ExecutionTimeoutError
 
 from pipelines.errors import StalledError, VecmillError, WorkerError
-from pipelines.ledger import make_plan
-from pipelines.prepare import Prepared
+from pipelines.ledger import Work
 
 STAGES = {"ReadShards": "read", "(Decode)": "decode", "(Encode)": "encode", "Write": "write"}
 _OPERATOR = re.compile(r"^  - (?P<name>.+?): (?P<active>\d+) active task", re.MULTILINE)
 
 
 @contextmanager
-def plain_errors(run: Prepared) -> Iterator[None]:
-    """Our own errors out of the layers that Ray wraps them in, and Ray's own as what they mean to a user."""
+def plain_errors(no_progress_timeout_s: int, pending: Callable[[], list[Work]]) -> Iterator[None]:
+    """Our own errors out of the layers that Ray wraps them in, and Ray's own as what they mean to a user.
+
+    no_progress_timeout_s: as Ray was told. pending: what is not done yet.
+    """
     try:
         yield
     except Exception as error:
         causes = list(_causes(error))
         ours = next((cause for cause in causes if _is_ours(cause)), None)
-        told = ours or next((explained for cause in causes if (explained := _explained(cause, run))), None)
+        told = ours or next(
+            (explained for cause in causes if (explained := _explained(cause, no_progress_timeout_s, pending))), None
+        )
         if told is None or told is error:
             raise
         raise told from error
@@ -43,28 +47,30 @@ def _causes(error: BaseException) -> Iterator[BaseException]:
         cause = getattr(cause, "cause", None) or cause.__cause__
 
 
-def _explained(error: BaseException, run: Prepared) -> VecmillError | None:
+def _explained(
+    error: BaseException, no_progress_timeout_s: int, pending: Callable[[], list[Work]]
+) -> VecmillError | None:
     if isinstance(error, ExecutionTimeoutError):
         return StalledError(
-            f"Nothing has moved for {run.config.cluster.no_progress_timeout_s} s. {_at_work(str(error))}. {_left(run)}",
+            f"Nothing has moved for {no_progress_timeout_s} s. {_at_work(str(error))}. {_left(pending)}",
             "See whether its storage and nodes answer, then run the same command again; "
             "cluster.no_progress_timeout_s sets how long to wait.",
         )
     if isinstance(error, ray.exceptions.ActorDiedError | ray.exceptions.ActorUnavailableError):
         return WorkerError(
-            f"The encode actor cannot start or keeps dying: {_last_line(error)}",
+            f"The encode actor cannot start or keeps dying: {_lines(error)[-1]}",
             "Most often its node has too little memory for the model: lower encode.batch_size or encode.actors.",
         )
     if isinstance(
         error, ray.exceptions.WorkerCrashedError | ray.exceptions.OutOfMemoryError | ray.exceptions.NodeDiedError
     ):
         return WorkerError(
-            f"A process of Ray's died and was not replaced: {_last_line(error)}",
+            f"A process of Ray's died and was not replaced: {_lines(error)[-1]}",
             "Run the same command again; should it die again, see whether its node has the memory that it needs.",
         )
     if isinstance(error, ray.exceptions.OutOfDiskError | ray.exceptions.ObjectStoreFullError):
         return WorkerError(
-            f"Ray's object store is full, and so is the disk that it spills to: {_last_line(error)}",
+            f"Ray's object store is full, and so is the disk that it spills to: {_lines(error)[0]}",
             "Give Ray's temporary folder more room, or lower read.block_mib and read.rows_per_block.",
         )
     return None
@@ -79,16 +85,13 @@ def _at_work(told: str) -> str:
     return f"Stalled: {', '.join(stalled)}" if stalled else "No stage has a task at work; does the cluster have room?"
 
 
-def _left(run: Prepared) -> str:
-    with suppress(VecmillError):
-        return _pending(run)
-    return f"What is done cannot be told: {run.store.root} does not answer"
+def _left(pending: Callable[[], list[Work]]) -> str:
+    try:
+        left = pending()
+    except VecmillError as error:
+        return f"What is done cannot be told: {error.what}"
+    return f"{len(left)} shards are not done: {', '.join(work.shard.uri for work in left[:3])}"
 
 
-def _pending(run: Prepared) -> str:
-    pending = make_plan(run.store, run.plan.shards, run.families).pending
-    return f"{len(pending)} shards are not done: {', '.join(work.shard.uri for work in pending[:3])}"
-
-
-def _last_line(error: BaseException) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[-1].strip()
+def _lines(error: BaseException) -> list[str]:
+    return [line.strip() for line in str(error).strip().splitlines()] or [type(error).__name__]

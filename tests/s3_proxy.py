@@ -9,8 +9,8 @@ import asyncio
 import random
 import threading
 from collections import Counter
-from collections.abc import Callable
-from contextlib import suppress
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from urllib.parse import unquote
 
@@ -111,6 +111,15 @@ class S3Proxy:
         asyncio.run_coroutine_threadsafe(self._stop(), self._loop).result(30)
         self._loop.call_soon_threadsafe(self._loop.stop)
         self._thread.join(30)
+
+    @contextmanager
+    def set(self, trap: Trap) -> Iterator[None]:
+        """Has the trap while the block runs."""
+        self.trap = trap
+        try:
+            yield
+        finally:
+            self.trap = None
 
     async def _start(self) -> int:
         self._ended = asyncio.Event()

@@ -40,5 +40,13 @@ def from_files(auto: Any, path: Path, name: str, **more: Any) -> Any:
     try:
         return auto.from_pretrained(path, local_files_only=True, trust_remote_code=False, **more)
     except Exception as error:
-        fix = "Repair it, or use a model that needs no code of its own: such code is never run."
-        raise EncoderError(f"{name}: {auto.__name__} cannot read it: {error}", fix) from error
+        raise EncoderError(f"{name}: {auto.__name__} cannot read it: {error}", remedy(error)) from error
+
+
+def remedy(error: Exception) -> str:
+    """What to do about what a library says of a model's files."""
+    if "trust_remote_code" in str(error):
+        return "Use a model that needs no code of its own: such code is never run."
+    if isinstance(error, ImportError):
+        return f"Install {error.name or 'the package it names'}, or use a model that does without."
+    return "Check that its files are whole, and that the installed libraries know such a model."

@@ -13,6 +13,7 @@ from pipelines.encoders import weights
 from pipelines.encoders.base import EncoderSpec, Tokenizer
 from pipelines.encoders.clip_bpe import clip_bpe, vocabulary
 from pipelines.encoders.digest import vocabulary_digest
+from pipelines.encoders.hf_text import remedy
 from pipelines.errors import EncoderError
 
 if TYPE_CHECKING:
@@ -45,8 +46,7 @@ def library_tokenizer(source: Source) -> Any:
             source.identifier(path), **({"trust_remote_code": False} if is_of_transformers else {})
         )
     except Exception as error:
-        fix = "Repair it, or use a model that needs no code of its own: such code is never run."
-        raise EncoderError(f"{source.reference}: its tokenizer cannot be made: {error}", fix) from error
+        raise EncoderError(f"{source.reference}: its tokenizer cannot be made: {error}", remedy(error)) from error
 
 
 def tokenizer_digest(tokens: Any) -> str:

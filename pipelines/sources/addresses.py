@@ -9,8 +9,9 @@ from functools import lru_cache
 
 _Address = ipaddress.IPv4Address | ipaddress.IPv6Address
 
-# Look public, and are not: Azure's agent of a machine; IETF's own block, where Oracle's cloud has the like.
-_INSIDE = tuple(map(ipaddress.ip_network, ("168.63.129.16/32", "192.0.0.0/24", "::/96", "fec0::/10")))
+# Look public, and are not: Azure's agent of a machine; IETF's own block, where Oracle's cloud has the like;
+# gateways' own (RFC 8215).
+_INSIDE = tuple(map(ipaddress.ip_network, ("168.63.129.16/32", "192.0.0.0/24", "::/96", "64:ff9b:1::/48", "fec0::/10")))
 # IPv6 addresses that a gateway turns into the IPv4 address of their last 32 bits.
 _TRANSLATED = ipaddress.ip_network("64:ff9b::/96")
 

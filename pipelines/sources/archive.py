@@ -80,12 +80,15 @@ class Archive:
         ended = 0
         while True:
             at, block = self._at, self._read(BLOCK)
-            if len(block) < BLOCK or ended > _MAX_PADDING_BLOCKS:
+            if len(block) < BLOCK:
                 if ended:
                     return None
                 raise self._broken("truncated_shard", f"ends at byte {self._at} without an end mark")
             if not any(block):
                 ended += 1
+                if ended > _MAX_PADDING_BLOCKS:
+                    padding = _MAX_PADDING_BLOCKS * BLOCK >> 20
+                    raise self._broken("corrupt_shard", f"more than {padding} MiB of padding; the rest is not read")
                 continue
             try:
                 return tarfile.TarInfo.frombuf(block, "utf-8", "surrogateescape")

@@ -10,6 +10,8 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import TypeVar
 
+from fsspec.registry import known_implementations, registry
+
 from pipelines.config import ReadConfig
 from pipelines.contracts import Sample
 from pipelines.errors import InputError, StorageError
@@ -17,12 +19,14 @@ from pipelines.sources import web
 from pipelines.sources.members import reject_image
 from pipelines.sources.places import ALLOWING, allowing, is_bucket, is_web, lies_in, own_place, place_of
 from pipelines.sources.text import Fault, printable
-from pipelines.storage import Store, is_local, whole_uri
+from pipelines.storage import Store, is_local, protocol_of, whole_uri
 
 A = TypeVar("A")
 B = TypeVar("B")
 
 FETCH_THREADS = 16
+# References that a listing is judged by before it is read: one bad row says nothing of the others.
+PROBED_REFERENCES = 32
 _IPV6_HOST = re.compile(r"(?<=^http://)\[[0-9a-f:.]+\]|(?<=^https://)\[[0-9a-f:.]+\]", re.IGNORECASE)
 
 
@@ -59,29 +63,40 @@ def trusted_by(listing: str, allow: Sequence[str]) -> tuple[str, ...]:
     return own_place(listing), *allow
 
 
-def require_allowed(reference: str, listing: str, allow: Sequence[str]) -> None:
-    """Raises: InputError where a listing names what its rows may not, with the setting that lets them."""
+def require_allowed(references: Sequence[str], listing: str, allow: Sequence[str]) -> None:
+    """references: the first few of a listing; those that are no address are left to become rejects.
+
+    Raises: InputError where none of the others may be named, with the setting that lets them.
+    """
+    addresses = [(given, at) for given in references if (at := _address(given.strip(), listing)) is not None]
+    if not addresses or any(_is_allowed(given, listing, allow) for given, _ in addresses):
+        return
+    reference, address = addresses[0]
+    place = printable(place_of(address))
+    raise InputError(
+        f"{printable(reference)} in {listing} leads to {place}, which an input may not name by itself",
+        f"If that is meant, allow it: {allowing(place, allow)}",
+    )
+
+
+def _is_allowed(reference: str, listing: str, allow: Sequence[str]) -> bool:
     uri = resolve(reference, listing, allow)
-    stranger = isinstance(uri, str) and is_web(uri) and not lies_in(uri, trusted_by(listing, allow))
-    if isinstance(uri, Fault) or (stranger and web.is_known_inside(uri)):
-        address = _address(reference.strip(), listing)
-        if address is None:
-            return
-        place = place_of(address)
-        raise InputError(
-            f"{printable(reference)} in {listing} leads to {printable(place)}, which an input may not name by itself",
-            f"If that is meant, allow it: {allowing(printable(place), allow)}",
-        )
+    if isinstance(uri, Fault):
+        return False
+    return not is_web(uri) or lies_in(uri, trusted_by(listing, allow)) or not web.is_known_inside(uri)
 
 
 def _address(reference: str, listing: str) -> str | None:
-    """The one spelling of what a reference names, allowed or not; None where it names nothing, or a file system
-    within another, whose address hides what it leads to."""
+    """The one spelling of what a reference names, allowed or not; None where it names nothing, by a protocol that
+    nothing here speaks, or a file system within another, whose address hides what it leads to."""
     if "\0" in reference or "::" in _IPV6_HOST.sub("", reference):
         return None
     is_path = "://" not in reference and not reference.startswith(("file:", "local:"))
     if not is_path:
-        return whole_uri(reference) if is_local(reference) else reference
+        if is_local(reference):
+            return whole_uri(reference)
+        protocol = protocol_of(reference)
+        return reference if is_web(reference) or protocol in known_implementations or protocol in registry else None
     if reference.startswith("/") or is_local(listing):
         return posixpath.join(posixpath.dirname(listing), reference)
     protocol, _, path = listing.partition("?")[0].partition("://")

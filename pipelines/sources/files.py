@@ -15,7 +15,7 @@ from pathlib import Path
 from pipelines.config import ReadConfig
 from pipelines.contracts import Entry, Sample, Shard
 from pipelines.errors import ChangedInputError, InputError
-from pipelines.secrets import masked
+from pipelines.secrets import without_credentials
 from pipelines.sources.fetch import in_order
 from pipelines.sources.identity import shard_id, slice_count, slice_of, slice_piece
 from pipelines.sources.kinds import is_litter
@@ -48,7 +48,7 @@ def plan(uri: str, settings: ReadConfig, store: Store, slices: dict[str, int]) -
 
     Raises: InputError where the folder holds no files, or nothing but links that lead out of it.
     """
-    files, name = _files(uri, store), masked(uri)
+    files, name = _files(uri, store), without_credentials(uri)
     if not files:
         raise InputError(f"{uri} holds no files", "Name a folder with images in it.")
     if all(_leads_out(file, settings) for file in files):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import posixpath
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 
 from braceexpand import braceexpand
 
@@ -13,7 +14,8 @@ from pipelines.errors import InputError
 from pipelines.sources.fetch import require_allowed
 from pipelines.sources.identity import shard_id
 from pipelines.sources.kinds import Kind, basename, kind_of, stem
-from pipelines.sources.places import is_web
+from pipelines.sources.places import allowing, is_web, lies_in, place_of
+from pipelines.sources.text import printable
 from pipelines.storage import Store, is_local, protocol_of, whole_uri
 
 _FORMAT_KINDS: dict[str, Kind] = {"tar": "tar", "parquet": "parquet", "manifest": "manifest"}
@@ -117,11 +119,14 @@ def _add_folder(uri: str, entries: list[Entry], format_: str, store: Store, foun
     if format_ == "folder":
         found.folders[uri] = None
     else:
-        _add_members(uri, _listed(store, visible), format_, found)
+        _add_members(uri, _listed(store, visible), format_, found, uri)
 
 
-def _add_members(uri: str, entries: list[Entry], format_: str, found: Found) -> None:
-    """The one kind a folder holds. Beside tars or Parquet other files are taken for their description."""
+def _add_members(uri: str, entries: list[Entry], format_: str, found: Found, folder: str = "") -> None:
+    """The one kind a folder holds. Beside tars or Parquet other files are taken for their description.
+
+    folder: where not a pattern but a folder was named, which links may not lead out of.
+    """
     kinds: dict[Kind | None, list[Entry]] = {}
     for entry in entries:
         kinds.setdefault(kind_of(entry.uri), []).append(entry)
@@ -129,6 +134,7 @@ def _add_members(uri: str, entries: list[Entry], format_: str, found: Found) -> 
     present = [kind for kind in ("tar", "parquet", "image") if kind in kinds]
     wanted = _FORMAT_KINDS.get(format_)
     if wanted and kinds.get(wanted):
+        _require_inside(folder, kinds[wanted], found.allow)
         found.add(wanted, kinds[wanted])
     elif wanted or len(present) > 1 or ("image" in present and _has_rows(kinds)):
         raise InputError(f"{uri} holds {_tally(kinds)}", "Name one kind with a pattern (folder/*.tar), or --format.")
@@ -136,9 +142,21 @@ def _add_members(uri: str, entries: list[Entry], format_: str, found: Found) -> 
         found.folders[uri] = None
     elif present or "manifest" in kinds:
         kind: Kind = "tar" if present == ["tar"] else "parquet" if present else "manifest"
+        _require_inside(folder, kinds[kind], found.allow)
         found.add(kind, kinds[kind])
     else:
         raise InputError(f"{uri} holds {_tally(kinds)}, nothing to embed", _FORMATS)
+
+
+def _require_inside(folder: str, entries: list[Entry], allow: Sequence[str]) -> None:
+    """Raises: InputError where one is a symbolic link to what is neither in the folder nor allowed."""
+    for uri in (entry.uri for entry in entries if folder and is_local(entry.uri)):
+        if Path(uri).is_symlink() and not lies_in(uri, (folder, *allow)):
+            place = printable(place_of(uri))
+            raise InputError(
+                f"{uri} is a link that leads out of its folder, to {place}",
+                f"Name it by itself or with a pattern, or allow it: {allowing(place, allow)}",
+            )
 
 
 def _without_companions(kinds: dict[Kind | None, list[Entry]]) -> dict[Kind | None, list[Entry]]:
@@ -193,7 +211,7 @@ def _require_reachable(name: str, listing: str, allow: Sequence[str]) -> None:
     if "::" in name:
         raise InputError(f"{listing} names {name}, which is no plain address", "Name the objects themselves.")
     if is_local(name) or is_web(name):
-        require_allowed(name, listing, allow)
+        require_allowed([name], listing, allow)
 
 
 def _text(uri: str, store: Store, lists: tuple[str, ...]) -> str:

@@ -12,9 +12,9 @@ from typing import Any
 from pipelines.config import ReadConfig
 from pipelines.contracts import Sample, Shard
 from pipelines.errors import ChangedInputError, InputError
-from pipelines.secrets import masked
+from pipelines.secrets import without_credentials
 from pipelines.sources.columns import columns_of, key_in, reference_in, sample_of
-from pipelines.sources.fetch import fetch_image, in_order, require_allowed
+from pipelines.sources.fetch import PROBED_REFERENCES, fetch_image, in_order, require_allowed
 from pipelines.sources.identity import shard_id, slice_count, slice_of, slice_piece
 from pipelines.sources.members import rejected_row, without_repeats
 from pipelines.sources.rows import Row, rows
@@ -26,22 +26,23 @@ def plan(uri: str, settings: ReadConfig, store: Store, slices: dict[str, int]) -
     """One shard a slice. The manifest is read through once to know what each slice holds, and once more the
     first time, to count it; the number of slices is looked up in `slices` or put there.
 
-    Raises: InputError where it holds no row, or the first has neither an image nor a caption, or an image that
-    it may not name: all the others are likely to be like it.
+    Raises: InputError where it holds no row, or the first has neither an image nor a caption, or the first few name
+    images that it may not name: all the others are likely to be like them.
     """
-    name = masked(uri)
+    name = without_credentials(uri)
     if name not in slices:
         slices[name] = slice_count(_count(uri, settings, store), settings.samples_per_slice)
     count = slices[name]
     digests = [hashlib.sha256() for _ in range(count)]
     sizes = [0] * count
-    first_reference = ""
+    references: list[str] = []
     for row in rows(uri, store, settings.splits):
-        if not first_reference and (first_reference := _reference(row, settings) or ""):
-            require_allowed(first_reference, uri, settings.allow)
+        if len(references) < PROBED_REFERENCES and (reference := _reference(row, settings)):
+            references.append(reference)
         k = slice_of(key_of(row, settings), count)
         digests[k].update(row.digest.encode())
         sizes[k] += len(row.raw)
+    require_allowed(references, uri, settings.allow)
     return [
         Shard(shard_id(uri, slice_piece((k, count))), uri, "manifest", h.hexdigest()[:12], sizes[k], slice=(k, count))
         for k, h in enumerate(digests)

@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from io import BufferedReader
-from itertools import count
+from itertools import count, islice
 from typing import Any
 
 import pyarrow as pa
@@ -20,7 +20,7 @@ from pipelines.contracts import Entry, Sample, Shard
 from pipelines.errors import InputError, StorageError
 from pipelines.sources.arrow import is_bytes, values_of
 from pipelines.sources.columns import Columns, columns_of, key_in, reference_in, sample_of
-from pipelines.sources.fetch import fetch_image, in_order, require_allowed
+from pipelines.sources.fetch import PROBED_REFERENCES, fetch_image, in_order, require_allowed
 from pipelines.sources.identity import object_version, shard_id
 from pipelines.sources.kinds import basename
 from pipelines.sources.members import MAX_FIELD_BYTES, rejected_row
@@ -46,8 +46,8 @@ class TornError(Exception):
 def plan(entries: list[Entry], settings: ReadConfig, store: Store) -> list[Shard]:
     """Small files whole, by the listing alone; the footers of large ones are read to cut them.
 
-    Raises: InputError where none of the first few files has an image or a caption column, or where the first image
-    of one is named where it may not be.
+    Raises: InputError where none of the first few files has an image or a caption column, or where the first
+    images of one are all named where they may not be.
     """
     _require_columns(entries, settings, store)
     with ThreadPoolExecutor(FOOTER_THREADS) as pool:
@@ -81,26 +81,30 @@ def _require_columns(entries: list[Entry], settings: ReadConfig, store: Store) -
             with store.open(entry.uri, listed=True) as stream, _told_from_storage():
                 file = pq.ParquetFile(stream, buffer_size=_PROBE_BYTES, pre_buffer=False)
                 names = file.schema_arrow.names
-                reference = _first_reference(file, columns_of(names, settings).image)
+                references = _first_references(file, columns_of(names, settings).image)
         except TornError:
             continue
         missing = _missing_columns(names, settings)
-        if not missing and reference:
-            require_allowed(reference, entry.uri, settings.allow)
         if not missing:
+            require_allowed(references, entry.uri, settings.allow)
             return
         problem = problem or f"{entry.uri} {missing}"
     if problem:
         raise InputError(problem, "Name them with read.image_column and read.caption_column.")
 
 
-def _first_reference(file: Any, image: str | None) -> str | None:
-    """The path or URL of the first row's image, None where it has bytes."""
+def _first_references(file: Any, image: str | None) -> list[str]:
+    """The paths and URLs of the first few rows' images, none where one of them has bytes."""
     if image is None or not file.num_row_groups:
-        return None
-    batch = next(file.iter_batches(1, row_groups=[0], columns=[image], use_threads=False), None)
-    (value,) = values_of(batch.column(0)) if batch else [None]
-    return None if isinstance(value, dict) and value.get("bytes") else reference_in(value)
+        return []
+    references: list[str] = []
+    for batch in islice(file.iter_batches(1, row_groups=[0], columns=[image], use_threads=False), PROBED_REFERENCES):
+        (value,) = values_of(batch.column(0))
+        if isinstance(value, bytes) or (isinstance(value, dict) and value.get("bytes")):
+            return []
+        if reference := reference_in(value):
+            references.append(reference)
+    return references
 
 
 def _missing_columns(names: list[str], settings: ReadConfig) -> str:
@@ -122,14 +126,15 @@ def _pieces(entry: Entry, settings: ReadConfig, store: Store) -> list[Shard]:
             footer = pq.ParquetFile(file).metadata
     except TornError:
         return [whole]
-    bounds = cut([footer.row_group(i).num_rows for i in range(footer.num_row_groups)], settings.rows_per_shard)
+    rows = [footer.row_group(i).num_rows for i in range(footer.num_row_groups)]
+    bounds = cut(rows, settings.rows_per_shard)
     if len(bounds) < 2:
         return [whole]
-    return [_piece(entry, footer, number, part) for number, part in enumerate(bounds)]
+    return [_piece(entry, rows, number, part) for number, part in enumerate(bounds)]
 
 
-def _piece(entry: Entry, footer: Any, number: int, bounds: tuple[int, int]) -> Shard:
-    size = sum(_group_bytes(footer, i) for i in range(*bounds))
+def _piece(entry: Entry, rows: list[int], number: int, bounds: tuple[int, int]) -> Shard:
+    size = entry.bytes * sum(rows[slice(*bounds)]) // sum(rows)
     id_ = shard_id(entry.uri, f"p{number:04d}")
     return Shard(id_, entry.uri, "parquet", object_version(entry, bounds), size, row_groups=bounds)
 

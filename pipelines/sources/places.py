@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import posixpath
+import shlex
 from collections.abc import Iterable, Sequence
 
 from yarl import URL
@@ -19,8 +20,8 @@ _BUCKETS = frozenset(("s3", "gs", "abfs"))
 
 
 def allowing(place: str, allow: Sequence[str]) -> str:
-    """The flag that allows one more place."""
-    return f"--set read.allow='{json.dumps([*allow, place])}'"
+    """The flag that allows one more place, as a shell takes it."""
+    return f"--set read.allow={shlex.quote(json.dumps([*allow, place]))}"
 
 
 def is_web(uri: str) -> bool:

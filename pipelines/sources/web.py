@@ -7,18 +7,22 @@ the settings' credentials.
 
 from __future__ import annotations
 
+import asyncio
 import errno
 import socket
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
+from time import monotonic
 from typing import Any
 
 import aiohttp
 import fsspec
+from aiohttp.helpers import get_env_proxy_for_url
 from fsspec.asyn import sync
 from tenacity import Retrying, retry_if_exception, stop_after_attempt, stop_after_delay, wait_random_exponential
 from yarl import URL
 
-from pipelines.secrets import without_credentials
+from pipelines.secrets import public_headers
 from pipelines.sources.addresses import is_public, leads_inside
 from pipelines.sources.places import ALLOWING, is_web, lies_in, place_of
 from pipelines.sources.text import Fault, printable
@@ -78,10 +82,14 @@ def is_known_inside(url: str) -> bool:
 def _followed(url: str, options: Mapping[str, Mapping[str, Any]], most_bytes: int, trusted: Sequence[str]) -> bytes:
     """Through redirects, each looked at as the first URL was."""
     at = url
+    deadline = monotonic() + _ATTEMPT_TIMEOUT_S
     for _ in range(_MOST_REDIRECTS + 1):
-        fs = _client(at, options.get(protocol_of(at).lower(), {}), trusted)
+        given = options.get(protocol_of(at).lower(), {})
+        fs = _client(at, given, trusted)
+        # All hops in the time of one, unless the settings have a patience of their own.
+        left = None if "timeout" in given.get("client_kwargs", {}) else deadline - monotonic()
         try:
-            found: bytes | str = sync(fs.loop, _answer, fs, at, most_bytes)
+            found: bytes | str = sync(fs.loop, _answer, fs, at, most_bytes, left)
         except aiohttp.ClientConnectorError as error:
             if isinstance(error.os_error, ForbiddenError):
                 raise _no_public_address(at) from None
@@ -101,7 +109,7 @@ def _client(url: str, given: Mapping[str, Any], trusted: Sequence[str]) -> Any:
     if lies_in(url, trusted):
         return fsspec.filesystem("http", **{**given, "client_kwargs": client})
     careful = {**_for_strangers(given), "client_kwargs": _for_strangers(client)}
-    if "proxy" not in {**given, **client}:
+    if not _has_proxy(url, {**given, **client}):
         return fsspec.filesystem("http", **{**careful, "get_client": _public})
     # The proxy connects, and has the last word; what is known here of the host is checked here.
     if is_known_inside(url):
@@ -109,10 +117,19 @@ def _client(url: str, given: Mapping[str, Any], trusted: Sequence[str]) -> Any:
     return fsspec.filesystem("http", **careful)
 
 
+def _has_proxy(url: str, options: Mapping[str, Any]) -> bool:
+    """Whether the settings name a proxy, or the environment that they trust names one for this URL."""
+    if "proxy" in options or not options.get("trust_env"):
+        return "proxy" in options
+    with suppress(LookupError, ValueError):
+        return bool(get_env_proxy_for_url(URL(url)))
+    return False
+
+
 def _for_strangers(options: Mapping[str, Any]) -> dict[str, Any]:
     """Without what says who we are: a URL in an input may be of any host."""
     kept = {name: value for name, value in options.items() if name not in (*_CREDENTIALS, "client_kwargs")}
-    return kept | ({"headers": without_credentials(kept["headers"])} if kept.get("headers") else {})
+    return kept | ({"headers": public_headers(kept["headers"])} if kept.get("headers") else {})
 
 
 async def _public(**options: Any) -> aiohttp.ClientSession:
@@ -129,11 +146,12 @@ def _public_socket(address_info: tuple[Any, ...]) -> socket.socket:
     return socket.socket(family, kind, protocol)
 
 
-async def _answer(fs: Any, url: str, most_bytes: int) -> bytes | str:
+async def _answer(fs: Any, url: str, most_bytes: int, left_s: float | None) -> bytes | str:
     """The first bytes that the URL gives, or the URL that it redirects to."""
     session = await fs.set_session()
     data = bytearray()
-    async with session.get(fs.encode_url(url), **{**fs.kwargs, "allow_redirects": False}) as response:
+    request = session.get(fs.encode_url(url), **{**fs.kwargs, "allow_redirects": False})
+    async with asyncio.timeout(left_s), request as response:
         response.raise_for_status()
         target = response.headers.get("Location")
         if response.status in _REDIRECTS and target:

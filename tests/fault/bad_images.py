@@ -121,6 +121,17 @@ def _many_frames() -> bytes:
     return first.removesuffix(b";") + frame * (GIF_FRAMES - 1) + b";"
 
 
+def _cut_in_the_second_frame() -> bytes:
+    """Behind the sign of an extension that says it is longer than the file."""
+    first = encoded(Image.new("RGB", (8, 8), RED).quantize(2), "GIF")
+    return first.removesuffix(b";") + b"\x21\xf9\x04\x04"
+
+
+def _cut_in_the_second_descriptor() -> bytes:
+    first = encoded(Image.new("RGB", (8, 8), RED).quantize(2), "GIF")
+    return first.removesuffix(b";") + b"," + bytes(3)
+
+
 # -- JPEG by hand --------------------------------------------------------------------------------
 
 
@@ -290,6 +301,8 @@ ODD = [
     Picture("a TIFF of floats", "tif", lambda: encoded(Image.new("F", (8, 8), 90 / 255), "TIFF"), None, GREY),
     Picture("a TIFF in CMYK", "tif", lambda: encoded(Image.new("RGB", (8, 8), RED).convert("CMYK"), "TIFF")),
     Picture("a GIF of 10,000 frames", "gif", _many_frames),
+    Picture("a GIF cut within its second frame's extension", "gif", _cut_in_the_second_frame),
+    Picture("a GIF cut within its second frame's descriptor", "gif", _cut_in_the_second_descriptor),
     Picture("a WebP that moves", "webp", lambda: _animated("WEBP")),
     Picture("a PNG that moves", "png", lambda: _animated("PNG")),
     Picture("an AVIF", "avif", lambda: plain("AVIF")),

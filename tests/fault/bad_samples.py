@@ -72,6 +72,7 @@ class Mixed:
     uri: Path
     rows: list[Row]
     kinds: list[str]
+    kind_of_row: list[str]
 
 
 # -- a sample in every format --------------------------------------------------------------------
@@ -430,7 +431,8 @@ def mixed(format_: Format, kinds: Iterable[Kind], goods: int, seed: int, folder:
     keyed = [(f"k{index:05d}", kind) for index, kind in enumerate(numbered)]
     puts = [kind.put[format_](key) for key, kind in keyed]
     rows = [_named(row, key) for key, kind in keyed for row in kind.rows]
-    return Mixed(_WRITERS[format_](folder, puts), rows, [kind.name for kind in numbered])
+    kind_of_row = [kind.name for kind in numbered for _ in kind.rows]
+    return Mixed(_WRITERS[format_](folder, puts), rows, [kind.name for kind in numbered], kind_of_row)
 
 
 def _named(row: Row, key: str) -> Row:

@@ -2,7 +2,7 @@
 
 Many small shards, a small model, an S3 server behind a proxy that spoils 2 % of all requests, and a random worker
 killed every few seconds; then a run without faults over the same shards, to compare with. Prints a table of memory
-over time, of the driver and of the largest worker, and what was done; ends with 1 where anything is not exact.
+over time, of the driver and of the largest worker, and what was done; ends with 1 where anything is not exact, or memory grows.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ from tests.s3_proxy import Chaos, S3Proxy
 from tests.s3_server import s3_server
 
 SAMPLES_PER_SHARD = 16
-RATE, KILL_EVERY_S, LOOK_EVERY_S = 0.02, 20.0, 5.0
+RATE, KILL_EVERY_S, LOOK_EVERY_S, GROWTH = 0.02, 20.0, 5.0, 1.25
 MIB = 2**20
 
 
@@ -70,7 +70,7 @@ class Watch:
                 act()
 
     def _look(self) -> None:
-        at_work = [own_mib(worker.pid) for worker in workers()]
+        at_work = [own_mib(worker.pid) for _, worker in workers()]
         self.looks.append(
             (time.monotonic() - self.started, own_mib(self.driver), max(at_work, default=0.0), len(at_work))
         )
@@ -78,10 +78,18 @@ class Watch:
     def _kill(self) -> None:
         alive = workers()
         if alive:
-            victim = self._random.choice(alive)
-            title = next(title for title in TITLES if victim.cmdline()[0].startswith(title))
+            title, victim = self._random.choice(alive)
             victim.kill()
             self.killed.append(title)
+
+    def grown(self) -> dict[str, float]:
+        """How many times as much memory the last third of the run took at most as the middle third."""
+        third = max(1, len(self.looks) // 3)
+        middle, last = self.looks[third:-third], self.looks[-third:]
+        return {
+            name: max(look[column] for look in last) / max(look[column] for look in middle)
+            for name, column in (("driver", 1), ("largest worker", 2))
+        }
 
 
 def own_mib(pid: int) -> float:
@@ -132,7 +140,8 @@ def soak(rig: Rig, limit_s: float, seed: int) -> bool:
         status, printed = process.wait(limit_s)
     rig.proxy.chaos = None
     print_table(watch, chaos, printed)
-    return status == 0 and is_exact(rig)
+    is_flat = max(watch.grown().values()) < GROWTH
+    return status == 0 and is_flat and bool(watch.killed) and is_exact(rig)
 
 
 def is_exact(rig: Rig) -> bool:
@@ -150,12 +159,8 @@ def print_table(watch: Watch, chaos: Chaos, printed: str) -> None:
     print(f"{'minute':>7} {'driver MiB':>11} {'largest worker MiB':>19} {'workers':>8}")
     for elapsed, driver, largest, count in watch.looks[:: max(1, len(watch.looks) // 20)]:
         print(f"{elapsed / 60:>7.1f} {driver:>11.0f} {largest:>19.0f} {count:>8}")
-    third = max(1, len(watch.looks) // 3)
-    for name, column in (("driver", 1), ("largest worker", 2)):
-        middle, last = (
-            max(look[column] for look in part) for part in (watch.looks[third:-third], watch.looks[-third:])
-        )
-        print(f"{name}: most in the middle third {middle:.0f} MiB, in the last {last:.0f} MiB")
+    for name, times in watch.grown().items():
+        print(f"{name}: {times:.2f} times as much memory in the last third as in the middle (allowed: {GROWTH})")
     kills = {title: watch.killed.count(title) for title in TITLES}
     print(f"faults made: {dict(chaos.made)}; workers killed: {kills}")
 

@@ -55,9 +55,11 @@ def test_every_kind_of_bad_sample_among_good_ones(format_: Format, seed: int, tm
     kinds = kinds_of(format_)
     wanted = mixed(format_, kinds, GOODS, seed, tmp_path)
     found = [as_row(row) for row in through.rows_of(wanted.uri, max_image_bytes=MAX_IMAGE_BYTES)]
-    wrong = [(f, e) for f, e in zip(found, wanted.rows, strict=False) if not matches(f, e)]
-    assert not wrong, f"seed {seed}: {wrong[:3]}"
-    assert len(found) == len(wanted.rows)
+    first = next((n for n, (f, e) in enumerate(zip(found, wanted.rows, strict=False)) if not matches(f, e)), None)
+    at = min(len(found), len(wanted.rows)) if first is None else first
+    kind = wanted.kind_of_row[at] if at < len(wanted.rows) else "nothing"
+    assert len(found) == len(wanted.rows), f"seed {seed}: from row {at} on, {kind}"
+    assert first is None, f"seed {seed}: {kind}: {found[at]}, not {wanted.rows[at]}"
 
 
 def test_there_are_enough_kinds() -> None:
@@ -127,6 +129,7 @@ LONG_TAR = b"".join(member(f"{n}.jpg", plain()) + member(f"{n}.bin", NOISE[n:]) 
 @cache
 def whole_tars() -> dict[str, tuple[bytes, list[str]]]:
     packed = gzip.compress(LONG_TAR)
+    padded = LONG_TAR + bytes(65 * 2**20) + member("z.jpg", plain()) + bytes(1024)
     damaged = bytearray(packed)
     damaged[len(packed) // 2 : len(packed) // 2 + 99] = bytes(99)
     broken_header = bytearray(LONG_TAR)
@@ -145,7 +148,8 @@ def whole_tars() -> dict[str, tuple[bytes, list[str]]]:
         "a gzip of noise": (gzip.compress(NOISE), ["corrupt_shard"]),
         "a gzip's first two bytes": (b"\x1f\x8b", ["truncated_shard"]),
         "a gzip with a wrong checksum": (packed[:-8] + bytes(8), ["ok"] * 4 + ["corrupt_shard"]),
-        "a gzip of zeros without end": (gzip.compress(bytes(2**27)), []),
+        "a gzip of zeros without end": (gzip.compress(bytes(2**27)), ["corrupt_shard"]),
+        "a member behind 65 MiB of zeros": (padded, ["ok"] * 4 + ["corrupt_shard"]),
     }
 
 

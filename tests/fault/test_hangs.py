@@ -30,15 +30,43 @@ STOP_S = 20
 def test_a_run_that_is_stopped_keeps_what_is_committed_and_says_how_to_go_on(rig: Rig, number: signal.Signals) -> None:
     """With a Ray of its own, in a terminal's process group: Ctrl-C reaches Ray's processes too."""
     output, begun = f"stopped-{number.name}", threading.Event()
-    rig.proxy.trap = Trap("PUT", lambda path: "/commits/clip/" in path, begun.set, after=True)
     process = Command(["embed", rig.recipe(output)], alone=True)
-    assert begun.wait(TIMEOUT_S)
-    os.killpg(process.pid, number)
-    status, printed = process.wait(STOP_S)
-    rig.proxy.trap = None
+    with rig.proxy.set(Trap("PUT", lambda path: "/commits/clip/" in path, begun.set, after=True)):
+        assert begun.wait(TIMEOUT_S)
+        os.killpg(process.pid, number)
+        status, printed = process.wait(STOP_S)
     assert status == 128 + number
     assert "What is committed stays; run the same command to go on." in printed and "Traceback" not in printed
     assert list(list_commits(rig.store(output), "clip")) and rig.store(output).names("leases") == []
+
+
+@pytest.mark.long
+def test_a_run_that_was_stopped_goes_on(rig: Rig) -> None:
+    output = f"stopped-{signal.SIGTERM.name}"
+    assert rig.finished(output) or rig.store(output).names("commits")
+    status, printed = rig.run_and_check_reads(output)
+    assert status == 0 and "vecmill" not in printed, printed
+    rig.require_right(output)
+
+
+@pytest.mark.long
+def test_a_run_is_stopped_although_its_store_is_silent(rig: Rig) -> None:
+    begun = threading.Event()
+
+    def silent(method: str, path: str) -> bool:
+        if method == "PUT" and path.endswith(".arrow"):
+            begun.set()
+        return begun.is_set()
+
+    process = Command(["embed", rig.recipe("mute")], alone=True)
+    rig.proxy.chaos = Chaos(1.0, ("stall",), matches=silent, stall_s=900)
+    try:
+        assert begun.wait(TIMEOUT_S)
+        os.killpg(process.pid, signal.SIGINT)
+        status, printed = process.wait(STOP_S)
+    finally:
+        rig.proxy.chaos = None
+    assert status == 128 + signal.SIGINT and "run the same command to go on" in printed, printed
 
 
 @pytest.mark.long

@@ -11,6 +11,7 @@ import re
 import signal
 from collections import Counter
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 
 import psutil
@@ -194,30 +195,42 @@ def test_a_finished_run_reads_nothing_again_and_a_new_shard_alone(rig: Rig) -> N
         assert status == 0 and f"1 shards embedded, {rig.shards} were done before" in printed
 
 
+class AtRandom:
+    """Kills the driver, or one to three workers at once, at a random request of a run. killed: their titles."""
+
+    def __init__(self, seed: int) -> None:
+        self._random, self.killed, self.moments = random.Random(seed), Counter[str](), 0
+
+    def trap(self, process: Command) -> Trap:
+        kill = self._random.choice([lambda: os.kill(process.pid, signal.SIGKILL), self._kill_workers])
+        self._drivers = kill != self._kill_workers
+
+        def spring() -> None:
+            self.moments += 1
+            self.killed["driver"] += self._drivers
+            kill()
+
+        return Trap("*", lambda path: True, spring, self._random.randint(10, 150))
+
+    def _kill_workers(self) -> None:
+        alive = workers()
+        for title, worker in self._random.sample(alive, min(self._random.randint(1, 3), len(alive))):
+            with suppress(psutil.Error):
+                worker.kill()
+                self.killed[title] += 1
+
+
 @pytest.mark.long
-def test_killed_at_random_moments(rig: Rig) -> None:
-    """Thirty times the driver or one to three workers at once, at a random request; outputs one after the other."""
-    rng, kills, outputs = random.Random(3), Counter[str](), 0
-    while kills.total() < 30:
-        output, victim = f"random-{outputs}", rng.choice(["driver", "driver", "workers"])
-        at, count = rng.randint(10, 150), rng.randint(1, 3)
-
-        def trap(process: Command, victim: str = victim, at: int = at, count: int = count) -> Trap:
-            def kill() -> None:
-                if victim == "driver":
-                    os.kill(process.pid, signal.SIGKILL)
-                    kills["driver"] += 1
-                for worker in rng.sample(alive := workers(), min(count, len(alive))) if victim == "workers" else []:
-                    kills[worker.cmdline()[0]] += 1
-                    worker.kill()
-
-            return Trap("*", lambda path: True, kill, at)
-
-        status, printed = rig.run_and_check_reads(output, trap)
+def test_killed_at_thirty_random_moments(rig: Rig) -> None:
+    """One output after the other; each is run until it is done."""
+    at_random, outputs = AtRandom(3), 0
+    while at_random.moments < 30:
+        status, printed = rig.run_and_check_reads(f"random-{outputs}", at_random.trap)
         assert status in (0, -signal.SIGKILL), printed
         if status == 0:
-            rig.require_right(output)
+            rig.require_right(f"random-{outputs}")
             outputs += 1
-    print(dict(kills), f"{outputs} outputs")
     assert rig.run(f"random-{outputs}")[0] == 0
     rig.require_right(f"random-{outputs}")
+    assert set(at_random.killed) >= {"driver", "ray::MapWorker(MapBatches(Encode)"}
+    print(at_random.moments, dict(at_random.killed), outputs)

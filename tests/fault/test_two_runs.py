@@ -23,9 +23,8 @@ def at_the_first_fragment(what: object) -> Trap:
 def test_the_second_is_told_who_is_at_work_and_the_first_ends_right(rig: Rig) -> None:
     seconds: list[Command] = []
     first = Command(rig.command("held"))
-    rig.proxy.trap = at_the_first_fragment(lambda: seconds.append(Command(rig.command("held"))))
-    status, printed = first.wait()
-    rig.proxy.trap = None
+    with rig.proxy.set(at_the_first_fragment(lambda: seconds.append(Command(rig.command("held"))))):
+        status, printed = first.wait()
     assert status == 0, printed
     status, printed = seconds[0].wait()
     assert status == HeldError.exit_code, printed
@@ -43,9 +42,8 @@ def test_collecting_waits_for_a_run_and_a_dry_run_does_not(rig: Rig) -> None:
         told.append(vecmill("collect", recipe, "--apply", status=HeldError.exit_code))
 
     first = Command(rig.command("collected"))
-    rig.proxy.trap = Trap("PUT", lambda path: "/commits/clip/" in path, collect, apart=True)
-    status, printed = first.wait()
-    rig.proxy.trap = None
+    with rig.proxy.set(Trap("PUT", lambda path: "/commits/clip/" in path, collect, apart=True)):
+        status, printed = first.wait()
     assert status == 0, printed
     assert "staging" in told[0] and "Nothing was changed" in told[0] and "held by another run" in told[1]
     rig.require_right("collected")
@@ -61,9 +59,8 @@ def test_two_that_know_nothing_of_each_other_are_right_together(rig: Rig) -> Non
         seconds.append(Command(rig.command("both")))
 
     first = Command(rig.command("both"))
-    rig.proxy.trap = at_the_first_fragment(rob)
-    ended = [first.wait()]
-    rig.proxy.trap = None
+    with rig.proxy.set(at_the_first_fragment(rob)):
+        ended = [first.wait()]
     ended.append(seconds[0].wait())
     assert {status for status, _ in ended} <= {0, HeldError.exit_code} and 0 in {status for status, _ in ended}, ended
     rig.require_right("both")
@@ -72,9 +69,8 @@ def test_two_that_know_nothing_of_each_other_are_right_together(rig: Rig) -> Non
 @pytest.mark.long
 def test_the_lease_of_one_that_was_killed_is_taken_at_once(rig: Rig) -> None:
     first = Command(rig.command("dead"))
-    rig.proxy.trap = at_the_first_fragment(lambda: os.kill(first.pid, signal.SIGKILL))
-    assert first.wait()[0] == -signal.SIGKILL
-    rig.proxy.trap = None
+    with rig.proxy.set(at_the_first_fragment(lambda: os.kill(first.pid, signal.SIGKILL))):
+        assert first.wait()[0] == -signal.SIGKILL
     assert rig.store("dead").names("leases")
     status, printed = rig.run("dead")
     assert status == 0 and "held" not in printed, printed

@@ -11,13 +11,14 @@ TITLES = ("ray::ReadReadShards", "ray::MapBatches(Decode)", "ray::MapWorker(MapB
 
 def worker_of(title: str) -> psutil.Process | None:
     """One whose Ray title begins so, at work now."""
-    return next(iter(workers((title,))), None)
+    return next((process for found, process in workers() if found == title), None)
 
 
-def workers(titles: tuple[str, ...] = TITLES) -> list[psutil.Process]:
+def workers() -> list[tuple[str, psutil.Process]]:
+    """All that are at work now, each with its title, which changes as soon as it has nothing to do."""
     found = []
     for process in psutil.Process().children(recursive=True):
         with suppress(psutil.Error):
-            if " ".join(process.cmdline()).startswith(titles):
-                found.append(process)
+            shown = " ".join(process.cmdline())
+            found += [(title, process) for title in TITLES if shown.startswith(title)]
     return found

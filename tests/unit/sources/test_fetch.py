@@ -329,6 +329,38 @@ def test_through_a_proxy_what_is_known_to_be_inside_is_not_asked_for() -> None:
     assert given == [200]
 
 
+def test_a_proxy_of_the_environment_is_a_proxy(monkeypatch: pytest.MonkeyPatch) -> None:
+    answer, given = answering(200)
+    store = Store("", {"http": {"client_kwargs": {"trust_env": True}}})
+    monkeypatch.delenv("no_proxy", raising=False)
+    monkeypatch.delenv("NO_PROXY", raising=False)
+    with serving(answer) as url:
+        monkeypatch.setenv("http_proxy", origin(url))
+        assert read_bounded(store, "http://nowhere.invalid/x.jpg", 10_000) == IMAGE
+        for host in ("169.254.169.254", "0x7f.1", "localhost"):
+            assert told(read_bounded(store, f"http://{host}/x.jpg", 10_000)) == "forbidden_url"
+        monkeypatch.delenv("http_proxy")
+        assert told(read_bounded(store, url, 10_000)) == "forbidden_url"
+        monkeypatch.setattr(web, "is_known_inside", lambda url: False)
+        assert told(read_bounded(store, url, 10_000)) == "forbidden_url"  # without one, connections are looked at
+    assert given == [200]
+
+
+def test_all_redirects_have_the_time_of_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(web, "_ATTEMPT_TIMEOUT_S", 1)
+    monkeypatch.setattr(web, "ATTEMPTS", 1)
+    onward, asked = redirecting("x.jpg")
+
+    def slowly(request: BaseHTTPRequestHandler) -> None:
+        time.sleep(0.4)
+        onward(request)
+
+    with serving(slowly) as url:
+        found = read_bounded(STORE, url, 10_000, [origin(url)])
+    assert isinstance(found, Fault) and "TimeoutError" in found.detail
+    assert len(asked) <= 4
+
+
 # -- an object store -----------------------------------------------------------------------------
 
 

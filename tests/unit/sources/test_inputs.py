@@ -146,6 +146,27 @@ def test_a_folder_that_spark_wrote(tmp_path: Path) -> None:
     assert uris(folder) == ["part-00000.snappy.parquet"]
 
 
+@pytest.mark.parametrize("name", ["a.tar", "a.parquet", "a.jsonl"])
+def test_shards_that_lead_out_of_a_folder_are_refused_unless_pointed_at(tmp_path: Path, name: str) -> None:
+    data = {"a.tar": TAR, "a.parquet": PARQUET, "a.jsonl": b'{"key": "a", "caption": "c"}'}[name]
+    inside, outside = tmp_path / "in", tmp_path / "out"
+    for folder in (inside, outside):
+        folder.mkdir()
+    (outside / name).write_bytes(data)
+    (inside / f"b{name}").write_bytes(data)
+    (inside / f"c{name}").symlink_to(inside / f"b{name}")
+    assert uris(inside) == [f"b{name}", f"c{name}"]
+    (inside / name).symlink_to(outside / name)
+    for format_ in ("auto", {"a.jsonl": "manifest"}.get(name, name[2:])):
+        with pytest.raises(InputError) as refused:
+            plan(inside, format_=format_)
+        assert str(inside / name) in refused.value.what
+        assert f"""--set read.allow='["{outside}"]'""" in refused.value.fix
+    assert len(plan(inside, allow=[str(outside)])) == 3
+    assert len(plan(f"{inside}/*{name[1:]}")) == 3
+    assert len(plan(inside / name)) == 1
+
+
 def test_names_with_pattern_signs_are_names_first(tmp_path: Path) -> None:
     (tmp_path / "a[1].tar").write_bytes(TAR)
     assert uris(tmp_path / "a[1].tar") == ["a[1].tar"]

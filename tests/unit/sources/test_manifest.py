@@ -12,6 +12,7 @@ import yaml
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from pipelines import secrets
 from pipelines.config import ReadConfig
 from pipelines.contracts import Sample
 from pipelines.errors import ChangedInputError, InputError
@@ -299,6 +300,30 @@ def test_a_manifest_that_begins_elsewhere_is_refused_with_the_flag(tmp_path: Pat
     assert len(plan_shards([str(path)], "auto", ReadConfig(allow=given), STORE, {})[0]) == 1
 
 
+FORBIDDEN = ["gopher://h/x.jpg", "file:///etc/passwd", "http://10.0.0.1/x.jpg", "s3://other/x.jpg"]
+
+
+@pytest.mark.parametrize("image", FORBIDDEN)
+def test_a_bad_first_row_is_one_reject(tmp_path: Path, image: str) -> None:
+    (tmp_path / "set").mkdir()
+    (tmp_path / "set" / "x.jpg").write_bytes(IMAGE)
+    path = listing(tmp_path, image, "x.jpg", "x.jpg?")
+    assert [reasons(sample) for sample in read(path)] == [["forbidden_url"], [], ["not_found"]]
+    for name, table in {
+        "plain": pa.table({"url": [image, "set/x.jpg"]}),
+        "struct": pa.table({"image": [{"bytes": None, "path": image}, {"bytes": IMAGE, "path": "/etc/x.jpg"}]}),
+    }.items():
+        pq.write_table(table, tmp_path / f"{name}.parquet")
+        found = read(tmp_path / f"{name}.parquet")
+        assert [reasons(sample) for sample in found] == [["forbidden_url"], []]
+
+
+def test_many_bad_rows_before_a_good_one_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="s3://other"):
+        plan(listing(tmp_path, *["s3://other/x.jpg"] * 32, "x.jpg"))
+    assert plan(listing(tmp_path, *["s3://other/x.jpg"] * 31, "x.jpg"))
+
+
 def test_a_parquet_that_begins_elsewhere_is_refused_with_the_flag(tmp_path: Path) -> None:
     for name, table in {
         "plain": pa.table({"url": ["s3://other/x.jpg"]}),
@@ -316,6 +341,15 @@ def test_a_parquet_that_begins_elsewhere_is_refused_with_the_flag(tmp_path: Path
 @pytest.mark.parametrize("image", ["x\0.jpg", "zip://a::x.jpg", "https://nowhere.invalid/x.jpg", ""])
 def test_a_manifest_that_begins_with_a_bad_row_is_planned(tmp_path: Path, image: str) -> None:
     assert plan(listing(tmp_path, image, "x.jpg"))
+
+
+def test_the_slices_of_a_manifest_do_not_hang_on_what_is_remembered(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(secrets, "_known", set())
+    monkeypatch.setattr(secrets, "_known_pattern", None)
+    uri = put("a.jsonl", b'{"key": "a", "caption": "b"}', "planted-7f3a") + "?key=train"
+    STORE.put_atomic(uri, b'{"key": "a", "caption": "b"}')
+    secrets.remember({"s3": {"secret": "planted-7f3a"}})
+    assert plan_shards([uri], "manifest", ReadConfig(), STORE, {})[1] == {uri: 1}
 
 
 def test_the_slices_of_a_manifest_are_recorded_without_its_credentials() -> None:

@@ -177,6 +177,8 @@ def test_large_files_are_cut_at_row_groups(monkeypatch: pytest.MonkeyPatch) -> N
     shards = plan(uri, rows_per_shard=20)
     assert [shard.row_groups for shard in shards] == [(0, 2), (2, 4), (4, 6), (6, 9)]
     assert [shard.id.rpartition("-")[2] for shard in shards] == [f"p{i:04d}" for i in range(4)]
+    stored = STORE.stat(uri).bytes
+    assert [shard.bytes for shard in shards] == [stored * rows // 60 for rows in (14, 14, 14, 18)]
     found = read(uri, rows_per_shard=20)
     assert [sample.captions for sample in found] == [[str(i)] for i in range(60)]
     assert [sample.key for sample in found] == [str(i) for i in range(60)]

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import shlex
 from pathlib import Path
 
 import pytest
 
 from pipelines.sources.fetch import resolve
-from pipelines.sources.places import lies_in, own_place, place_of
+from pipelines.sources.places import allowing, lies_in, own_place, place_of
 from pipelines.sources.text import Fault
 
 
@@ -121,6 +122,17 @@ def test_a_home_folder_is_what_is_looked_at_and_opened(tmp_path: Path, monkeypat
     monkeypatch.chdir(tmp_path)
     assert isinstance(resolve("file://~/x.jpg", str(tmp_path / "set" / "m.jsonl"), [str(tmp_path / "~")]), Fault)
     assert resolve("file://~/x.jpg", str(tmp_path / "home" / "m.jsonl")) == f"{tmp_path}/home/x.jpg"
+
+
+def test_the_flag_is_one_word_of_a_shell() -> None:
+    words = shlex.split(allowing("/it's; rm -rf $HOME", ["/a"]))
+    assert words == ["--set", """read.allow=["/a", "/it's; rm -rf $HOME"]"""]
+
+
+@pytest.mark.parametrize("listing", ["/data/m.jsonl", "s3://b/m.jsonl"])
+def test_a_protocol_that_nothing_speaks_is_a_fault_and_nothing_to_allow(listing: str) -> None:
+    found = resolve("gopher://h/x.jpg", listing, ["gopher://h"])
+    assert isinstance(found, Fault) and found.reason == "forbidden_url" and "read.allow" not in found.detail
 
 
 def test_links_count_where_they_lead(tmp_path: Path) -> None:

@@ -180,7 +180,10 @@ def test_zeros_without_end_behind_the_last_member_are_not_read_to_the_end(monkey
     monkeypatch.setattr("pipelines.sources.archive._MAX_PADDING_BLOCKS", 100)
     near = tar_of(GOOD) + bytes(512 * 50) + tar_of(three(9))
     far = tar_of(GOOD) + bytes(512 * 200) + tar_of(three(9))
-    assert [len(read_tar(data)) for data in (near, far)] == [5, 4]
+    rest = read_tar(near)[-1], read_tar(far)[-1]
+    assert [len(read_tar(data)) for data in (near, far)] == [5, 5]
+    assert [reasons(sample) for sample in rest] == [[], ["corrupt_shard"]]
+    assert "the rest is not read" in rest[1].rejects[0].detail
 
 
 def test_every_cut_keeps_the_rows_before_it_and_shows() -> None:
