@@ -14,9 +14,9 @@ from jobs.demo import demo
 from jobs.embed import embed, plan
 from jobs.index import index
 from jobs.search import search
-from jobs.signals import Stopped, raise_when_stopped
+from jobs.signals import Stopped, raise_when_stopped, received
 from jobs.status import status
-from pipelines.errors import VecmillError
+from pipelines.errors import HeldError, VecmillError
 from pipelines.secrets import masked
 
 app = typer.Typer(
@@ -37,16 +37,23 @@ def main() -> None:
     raise_when_stopped()
     try:
         app()
-    except VecmillError as error:
-        err.print(f"vecmill: {error}", markup=False, style="red")
-        sys.exit(error.exit_code)
-    except Exception as error:
-        with NamedTemporaryFile("w", prefix="vecmill-", suffix=".log", delete=False) as log:
-            log.write(masked(traceback.format_exc()))
-        told = f"{type(error).__name__}: {error}".splitlines()[0]
-        err.print(f"vecmill: failed unexpectedly: {told}", markup=False, style="red")
-        err.print(f"  What is committed stays. The traceback is in {log.name}: please report it.", markup=False)
-        sys.exit(1)
-    except Stopped as stopped:
+    except (Exception, Stopped) as error:
+        sys.exit(tell(error))
+
+
+def tell(error: BaseException) -> int:
+    """Says what ended the command, and what to do next. Returns the exit code."""
+    number = received()
+    # A run whose lease was taken over is interrupted as by Ctrl-C.
+    if number and not isinstance(error, HeldError):
         err.print("vecmill: stopped. What is committed stays; run the same command to go on.", style="red")
-        sys.exit(stopped.exit_code)
+        return 128 + number
+    if isinstance(error, VecmillError):
+        err.print(f"vecmill: {error}", markup=False, style="red")
+        return error.exit_code
+    with NamedTemporaryFile("w", prefix="vecmill-", suffix=".log", delete=False) as log:
+        log.write(masked("".join(traceback.format_exception(error))))
+    told = f"{type(error).__name__}: {error}".splitlines()[0]
+    err.print(f"vecmill: failed unexpectedly: {told}", markup=False, style="red")
+    err.print(f"  What is committed stays. The traceback is in {log.name}: please report it.", markup=False)
+    return 1

@@ -7,14 +7,16 @@ import threading
 from typing import Any
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
+_received: list[int] = []
+
+
+def received() -> int | None:
+    """The first signal that there was. What fails after it fails because of it: Ray's processes may have had it too."""
+    return _received[0] if _received else None
 
 
 class Stopped(BaseException):
     """Raised in the main thread. No KeyboardInterrupt: the command-line library ends on that without a word."""
-
-    def __init__(self, number: int) -> None:
-        super().__init__(number)
-        self.exit_code = 128 + number
 
 
 def raise_when_stopped() -> None:
@@ -28,4 +30,5 @@ def _stop(number: int, _: Any) -> None:
     # What is being cleared away should not be torn by a second one; it takes seconds.
     for each in SIGNALS:
         signal.signal(each, signal.SIG_IGN)
-    raise Stopped(number)
+    _received.append(number)
+    raise Stopped

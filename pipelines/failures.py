@@ -77,12 +77,17 @@ def _explained(
 
 
 def _at_work(told: str) -> str:
-    """The stages that have tasks which do not end, from Ray's account of its operators."""
-    active = [(found["name"], int(found["active"])) for found in _OPERATOR.finditer(told)]
-    stalled = [
-        f"{stage} ({count} tasks)" for name, count in active for word, stage in STAGES.items() if word in name and count
-    ]
-    return f"Stalled: {', '.join(stalled)}" if stalled else "No stage has a task at work; does the cluster have room?"
+    """The stages that have tasks which do not end, from Ray's account of the operators that are not done."""
+    active = [(_stage(found["name"]), int(found["active"])) for found in _OPERATOR.finditer(told)]
+    stalled = [f"{stage} ({count} tasks)" for stage, count in active if count]
+    if stalled:
+        return f"Stalled: {', '.join(stalled)}"
+    first = active[0][0] if active else "The run"
+    return f"{first} has no task at work: its processes do not start, keep dying, or find no room in the cluster"
+
+
+def _stage(operator: str) -> str:
+    return next((stage for word, stage in STAGES.items() if word in operator), operator)
 
 
 def _left(pending: Callable[[], list[Work]]) -> str:

@@ -18,7 +18,7 @@ from pipelines.errors import LedgerError
 from pipelines.families import Family
 from pipelines.fragments import Fragment, cut, pick, shard_rows
 from pipelines.ledger import Commit, CommitRef, Counts, Part
-from pipelines.secrets import masked
+from pipelines.secrets import without_credentials
 from pipelines.storage import Store, scratch_folder
 
 _FRAGMENTS_IN_MEMORY = 16
@@ -68,7 +68,7 @@ def merge(
     _require_balance(ref, counts, number_of_rows)
     return Commit(
         **ref._asdict(),
-        uri=masked(uri),
+        uri=without_credentials(uri),
         fingerprint=family.fingerprint,
         attempt=attempt,
         rows=number_of_rows,

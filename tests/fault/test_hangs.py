@@ -107,6 +107,6 @@ def test_an_actor_that_cannot_start_is_named(rig: Rig) -> None:
     with dying("ray::MapWorker(MapBatches(Encode)") as killed:
         status, printed = rig.run("dying", cluster={"no_progress_timeout_s": 120})
     assert status == 1 and "Traceback" not in printed and len(killed) > 1, printed
-    assert "encode" in printed and "memory" in printed
+    assert "encode has no task at work: its processes do not start" in printed or "The encode actor" in printed
     assert rig.run("dying")[0] == 0
     rig.require_right("dying")

@@ -40,7 +40,7 @@ def test_a_stall_of_a_cluster_without_room_and_a_store_that_is_silent_too() -> N
         raise StorageError("Cannot list s3://bucket/out: no answer")
 
     idle = STALL.replace("3 active", "0 active").replace("1 active", "0 active")
-    says = "does the cluster have room.*cannot be told: Cannot list s3://bucket/out"
+    says = "read has no task at work: its processes do not start.*cannot be told: Cannot list s3://bucket/out"
     with pytest.raises(StalledError, match=says), plain_errors(60, silent):
         raise ExecutionTimeoutError(idle)
 
