@@ -97,6 +97,7 @@ def disk_of(size: str, folder: Path) -> Iterator[Path]:
         subprocess.run(["umount", "--lazy", str(folder)], check=True)
 
 
+@pytest.mark.long
 def test_a_disk_that_is_full_ends_the_run_and_room_lets_it_go_on(rig: Rig, tmp_path: Path) -> None:
     with disk_of("150k", tmp_path / "disk") as disk:
         command = rig.command("full", output=str(disk / "out"))
