@@ -14,7 +14,7 @@ from jobs.demo import demo
 from jobs.embed import embed, plan
 from jobs.index import index
 from jobs.search import search
-from jobs.signals import Stopped, raise_when_stopped, received
+from jobs.signals import Stopped, received, stoppable
 from jobs.status import status
 from pipelines.errors import HeldError, VecmillError
 from pipelines.secrets import masked
@@ -34,11 +34,11 @@ for verb in (plan, embed, index, search, status, verify, collect, demo):
 def main() -> None:
     """Exit codes: 0 done, 1 failed, 2 usage or configuration, 3 finished but above the reject ceiling, 4 held by
     another run, 130 and 143 stopped."""
-    raise_when_stopped()
-    try:
-        app()
-    except (Exception, Stopped) as error:
-        sys.exit(tell(error))
+    with stoppable():
+        try:
+            app()
+        except (Exception, Stopped) as error:
+            sys.exit(tell(error))
 
 
 def tell(error: BaseException) -> int:

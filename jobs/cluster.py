@@ -13,7 +13,7 @@ from typing import Any
 
 from tenacity import Retrying, retry_if_exception_type, stop_after_delay, wait_fixed
 
-from jobs.signals import raise_when_stopped
+from jobs.signals import handlers_kept
 from pipelines.errors import PreflightError
 from pipelines.prepare import Cluster
 from pipelines.secrets import masked
@@ -39,7 +39,7 @@ def connected(address: str | None) -> Iterator[Cluster]:
     address = address or os.environ.get("RAY_ADDRESS")
     try:
         require_listener(address)
-        with quiet_start():
+        with quiet_start(), handlers_kept():
             _connect(address)
     except Exception as error:
         # Ray raises plain exceptions too, as when its node takes too long to start.
@@ -49,7 +49,6 @@ def connected(address: str | None) -> Iterator[Cluster]:
         ) from None
     quiet_console()
     private_logs()
-    raise_when_stopped()
     try:
         yield resources(None if address else float(os.cpu_count() or 1))
     finally:

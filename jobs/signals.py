@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import signal
 import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
@@ -19,16 +21,35 @@ class Stopped(BaseException):
     """Raised in the main thread. No KeyboardInterrupt: the command-line library ends on that without a word."""
 
 
-def raise_when_stopped() -> None:
-    """Again after Ray has started: it sets handlers of its own."""
-    if threading.current_thread() is threading.main_thread():
-        for number in SIGNALS:
-            signal.signal(number, _stop)
+@contextmanager
+def stoppable() -> Iterator[None]:
+    """A signal raises Stopped in the block; a second one does nothing."""
+    _received.clear()
+    with handlers_kept():
+        if _is_main_thread():
+            for number in SIGNALS:
+                signal.signal(number, _stop)
+        yield
+
+
+@contextmanager
+def handlers_kept() -> Iterator[None]:
+    """Those of before the block stand after it, as where Ray sets its own when it starts."""
+    before = {number: signal.getsignal(number) for number in SIGNALS}
+    try:
+        yield
+    finally:
+        if _is_main_thread():
+            for number, handler in before.items():
+                signal.signal(number, handler)
+
+
+def _is_main_thread() -> bool:
+    return threading.current_thread() is threading.main_thread()
 
 
 def _stop(number: int, _: Any) -> None:
     # What is being cleared away should not be torn by a second one; it takes seconds.
-    for each in SIGNALS:
-        signal.signal(each, signal.SIG_IGN)
-    _received.append(number)
-    raise Stopped
+    if not _received:
+        _received.append(number)
+        raise Stopped
