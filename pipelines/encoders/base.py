@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field, replace
 from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
-from pipelines.contracts import Modality
+from pipelines.contracts import MODALITIES, Modality, VectorSpec
+from pipelines.encoders.name import EncoderName
+from pipelines.encoders.text_clean import TextClean
 from pipelines.storage import Store
 
 if TYPE_CHECKING:
@@ -28,8 +31,11 @@ class ImageTransform:
     size, crop: (height, width); crop is centred, None where there is none.
     resample: PIL's filter by name, `bicubic`, `bilinear`, `nearest`, ….
     alpha: what becomes of transparency, `white` (composited on white) or `drop`.
-    library: whose rounding of sizes and crop offsets is followed, `torchvision` or `transformers`.
+    rgb: whether the image is converted to RGB before it is resized, or after it is cropped.
+    library: whose rounding of sizes and crop offsets is followed, `torchvision` or `transformers`; or `tensors`,
+        which are resized as floats and not rounded: pixels are [height, width, 6], whole values and then their 256ths.
     mean, std: of the three channels, applied on the device to pixels in [0, 1].
+    fill: of all channels, or of each.
     """
 
     resize: Literal["shortest", "squash", "longest", "patches"]
@@ -37,10 +43,11 @@ class ImageTransform:
     crop: tuple[int, int] | None
     resample: str
     alpha: Literal["white", "drop"]
-    library: Literal["torchvision", "transformers"]
+    rgb: Literal["first", "last"]
+    library: Literal["torchvision", "transformers", "tensors"]
     mean: tuple[float, float, float]
     std: tuple[float, float, float]
-    fill: int = 0
+    fill: int | tuple[int, int, int] = 0
     patch: int | None = None
     max_patches: int | None = None
 
@@ -49,8 +56,8 @@ class ImageTransform:
 class EncoderSpec:
     """All that decides an encoder's vectors, light enough to pickle into every task.
 
-    name: as the user gave it. reference: the part after the family's prefix.
-    dim: length of a vector. context_length: tokens of a caption, 0 without a text tower.
+    name: as the user gave it. reference: leads to the same weights from any node.
+    vectors: what those of each modality are. context_length: most tokens of a caption, 0 without a text tower.
     weights: digest of the weights, which the worker verifies when it loads them.
     details: what else decides a value (tokenizer digest, pooling, activation, …), JSON-able.
     options: file system options, for weights in object storage; no part of the fingerprint.
@@ -59,8 +66,7 @@ class EncoderSpec:
     name: str
     family: str
     reference: str
-    dim: int
-    modalities: tuple[Modality, ...]
+    vectors: dict[Modality, VectorSpec] = field(hash=False)
     image: ImageTransform | None
     context_length: int
     weights: str
@@ -69,6 +75,7 @@ class EncoderSpec:
     normalize: bool = True
     dtype: Literal["float16", "float32"] = "float16"
     max_aspect: float = 50.0
+    text_clean: TextClean = "none"
     options: dict[str, dict[str, Any]] = field(default_factory=dict, hash=False, repr=False)
 
     def identity(self) -> dict[str, Any]:
@@ -84,20 +91,36 @@ class EncoderSpec:
         return hashlib.sha256(json.dumps(self.identity(), sort_keys=True).encode()).hexdigest()
 
     @property
+    def modalities(self) -> tuple[Modality, ...]:
+        return tuple(modality for modality in MODALITIES if modality in self.vectors)
+
+    @property
     def store(self) -> Store:
         return Store(options=self.options)
+
+
+@dataclass(frozen=True)
+class Target:
+    """An encoder of a run: its folder in `embeddings/`, and the modalities asked of it."""
+
+    folder: str
+    spec: EncoderSpec
+    modalities: tuple[Modality, ...]
 
 
 class Tokenizer(Protocol):
     """Captions to token ids."""
 
-    def __call__(self, captions: list[str]) -> NDArray[np.int32]:
-        """int32 [n, context_length]."""
+    def __call__(self, captions: list[str]) -> Iterable[NDArray[np.int32]]:
+        """One array a caption, of at most context_length ids: of different lengths, where the encoder masks padding."""
         ...
 
 
 class Encoder(Protocol):
-    """A loaded model on one device. Vectors are float32 and not yet normalised."""
+    """A loaded model on one device. Vectors are not yet normalised, [n, dim] or, of several an item, [n, count, dim].
+
+    An encoder has those methods that its modalities need.
+    """
 
     spec: EncoderSpec
     device: torch.device
@@ -107,26 +130,36 @@ class Encoder(Protocol):
         ...
 
     def images(self, batch: dict[str, torch.Tensor]) -> torch.Tensor:
-        """float32 [n, dim] from `collate`'s tensors on the device."""
+        """From `collate`'s tensors on the device."""
         ...
 
     def texts(self, tokens: torch.Tensor) -> torch.Tensor:
-        """float32 [n, dim] from int32 [n, context_length] on the device."""
+        """From int32 [n, length] on the device, shorter captions padded with `PADDING`."""
         ...
 
-    def float(self) -> Encoder:
-        """The same encoder computing in fp32, for rows that overflow in half precision."""
+    def pairs(self, batch: dict[str, torch.Tensor], tokens: torch.Tensor) -> torch.Tensor:
+        """From images and their captions, as above, together."""
         ...
+
+
+PADDING = -1
+"""Behind captions that are shorter than the longest of their batch: no id of any vocabulary."""
 
 
 class Family(Protocol):
-    """One kind of encoder; a module of `pipelines.encoders`, listed in the registry."""
+    """One kind of encoder; a module of `pipelines.encoders`, listed in the registry. Its docstring says what it has."""
 
-    EXAMPLE: str
-    """A name of this family, for help and errors."""
+    EXAMPLES: tuple[str, ...]
+    """Names of this family, for help and errors."""
 
-    def describe(self, name: str, reference: str, options: dict[str, dict[str, Any]]) -> EncoderSpec:
-        """The spec of `reference`, without loading its weights. Raises: EncoderError, ConfigError."""
+    OPTIONS: dict[str, str]
+    """What may follow the reference, as in `?pool=mean`, and what it means."""
+
+    def describe(self, name: EncoderName, storage: dict[str, dict[str, Any]]) -> EncoderSpec:
+        """The spec of a name, without loading its weights. storage: file system options by protocol.
+
+        Raises: EncoderError, ConfigError.
+        """
         ...
 
     def load(self, spec: EncoderSpec, device: torch.device) -> Encoder:

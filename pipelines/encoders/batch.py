@@ -6,7 +6,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from pipelines.encoders.base import ImageTransform
+from pipelines.encoders.base import PADDING, ImageTransform
 
 # Few distinct lengths, so that a GPU's kernels are chosen once for each.
 _LENGTH_STEP = 8
@@ -17,6 +17,17 @@ DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 def stack(pixels: list[NDArray[np.uint8]]) -> dict[str, torch.Tensor]:
     """`pixels`: uint8 [n, height, width, 3] of images of one size."""
     return {"pixels": torch.from_numpy(np.stack(pixels))}
+
+
+def padded(tokens: list[NDArray[np.int32]], longest: int) -> torch.Tensor:
+    """int32 [n, length] of captions, shorter ones filled up with PADDING. longest: what length may not exceed."""
+    length = max(map(len, tokens))
+    if any(len(ids) != length for ids in tokens):
+        length = min(-(-length // _LENGTH_STEP) * _LENGTH_STEP, longest)
+    rows = np.full((len(tokens), length), PADDING, np.int32)
+    for row, ids in zip(rows, tokens, strict=True):
+        row[: len(ids)] = ids
+    return torch.from_numpy(rows)
 
 
 def patchify(pixels: list[NDArray[np.uint8]], transform: ImageTransform) -> dict[str, torch.Tensor]:
@@ -47,7 +58,9 @@ class Normalize:
         self._dtype = dtype
 
     def images(self, pixels: torch.Tensor) -> torch.Tensor:
-        """[n, 3, height, width] from uint8 [n, height, width, 3]."""
+        """[n, 3, height, width] from uint8 [n, height, width, 3], or 6, whole values and then their 256ths."""
+        if pixels.shape[-1] == 6:
+            pixels = pixels[..., :3] + pixels[..., 3:].float() / 256
         return self._last_axis(pixels).permute(0, 3, 1, 2)
 
     def patches(self, pixels: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:

@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 
 from pipelines.contracts import Modality
 from pipelines.encoders.base import Encoder
+from pipelines.encoders.batch import padded
 from pipelines.encoders.items import Input
 from pipelines.errors import EncoderError
 
@@ -41,21 +42,30 @@ class OnCpu:
         return list(np.asarray(computed))
 
     def collate(self, batch: Sequence[Input]) -> dict[str, torch.Tensor]:
+        longest = self.encoder.spec.context_length
         if self.modality == "image":
             return self.encoder.collate(list(batch))
-        return {"tokens": torch.from_numpy(np.stack(batch))}
+        if self.modality == "text":
+            return {"tokens": padded(list(batch), longest)}
+        pixels, tokens = zip(*batch, strict=True)
+        return {**self.encoder.collate(list(pixels)), "tokens": padded(list(tokens), longest)}
 
     def forward(self, tensors: dict[str, torch.Tensor]) -> torch.Tensor:
-        """float32 [n, dim]. Raises: EncoderError where the model gives another shape."""
+        """float32 [n, count * dim]. Raises: EncoderError where the model gives another shape."""
+        n, spec = len(next(iter(tensors.values()))), self.encoder.spec.vectors[self.modality]
         with torch.inference_mode():
-            vectors = (
-                self.encoder.images(tensors) if self.modality == "image" else self.encoder.texts(**tensors)
-            ).float()
-        n, dim = len(next(iter(tensors.values()))), self.encoder.spec.dim
-        if vectors.shape != (n, dim):
+            vectors = self._vectors(dict(tensors)).float()
+        expected = (n, spec.dim) if spec.count == 1 else (n, spec.count, spec.dim)
+        if vectors.shape != expected:
             found = tuple(vectors.shape)
-            raise EncoderError(f"{self.encoder.spec.name}: {n} items gave vectors of shape {found}, not {(n, dim)}")
-        return vectors
+            raise EncoderError(f"{self.encoder.spec.name}: {n} items gave vectors of shape {found}, not {expected}")
+        return vectors.reshape(n, -1)
+
+    def _vectors(self, tensors: dict[str, torch.Tensor]) -> torch.Tensor:
+        if self.modality == "image":
+            return self.encoder.images(tensors)
+        tokens = tensors.pop("tokens")
+        return self.encoder.texts(tokens) if self.modality == "text" else self.encoder.pairs(tensors, tokens)
 
     def is_out_of_memory(self, error: BaseException) -> bool:
         # Besides the allocator's own error: pinned memory, cuBLAS and the CPU's allocator word theirs otherwise.

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from huggingface_hub import HfApi, hf_hub_download, snapshot_download
@@ -15,26 +15,35 @@ from pipelines.errors import EncoderError
 
 @dataclass(frozen=True)
 class HubFolder:
-    """A model of the hub at one commit; `files`: name to sha256, where the hub tells it."""
+    """A model of the hub at one commit. files: name, with its folders, to sha256, where the hub tells it.
+
+    within: of a folder of the model, its name and a slash.
+    """
 
     name: str
     commit: str
     files: dict[str, str | None] = field(hash=False)
     cache: Path
+    within: str = ""
 
     @property
     def reference(self) -> str:
         return f"{self.name}@{self.commit}"
 
     def names(self) -> list[str]:
-        return sorted(self.files)
+        inside = (name.removeprefix(self.within) for name in self.files if name.startswith(self.within))
+        return sorted(name for name in inside if "/" not in name)
+
+    def sub(self, name: str) -> HubFolder:
+        return replace(self, within=f"{self.within}{name}/")
 
     def digest(self, names: Sequence[str]) -> str:
-        return combined(self.files.get(name) or self.fetched_digest([name]) for name in names)
+        return combined(self.files.get(self.within + name) or self.fetched_digest([name]) for name in names)
 
     def fetch(self, names: Sequence[str]) -> Path:
+        wanted = [self.within + name for name in names]
         try:
-            return [Path(hf_hub_download(self.name, name, revision=self.commit)) for name in names][-1].parent
+            return [Path(hf_hub_download(self.name, name, revision=self.commit)) for name in wanted][-1].parent
         except Exception as error:
             raise EncoderError(f"Cannot fetch {self.reference}: {_line(error)}", _hub_fix(self.name)) from error
 
@@ -52,7 +61,7 @@ def hub_folder(name: str, revision: str | None, cache: Path) -> HubFolder:
     except Exception as error:
         return _cached_hub_folder(name, revision, cache, error)
     files = {file.rfilename: file.lfs.sha256 if file.lfs else None for file in info.siblings or []}
-    return HubFolder(name, str(info.sha), {name: sha for name, sha in files.items() if "/" not in name}, cache)
+    return HubFolder(name, str(info.sha), files, cache)
 
 
 def _cached_hub_folder(name: str, revision: str | None, cache: Path, cause: Exception) -> HubFolder:
@@ -60,7 +69,8 @@ def _cached_hub_folder(name: str, revision: str | None, cache: Path, cause: Exce
         path = Path(snapshot_download(name, revision=revision, local_files_only=True))
     except Exception:
         raise EncoderError(f"Cannot reach the hub for {name}: {_line(cause)}", _hub_fix(name)) from cause
-    return HubFolder(name, path.name, dict.fromkeys(entry.name for entry in path.iterdir() if entry.is_file()), cache)
+    files = (entry.relative_to(path).as_posix() for entry in path.rglob("*") if entry.is_file())
+    return HubFolder(name, path.name, dict.fromkeys(files), cache)
 
 
 def _hub_fix(name: str) -> str:

@@ -10,22 +10,24 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from numpy.typing import NDArray
 
-from pipelines.contracts import Modality, Reject, encoded_schema, vector_type
+from pipelines.contracts import MODALITIES, Modality, Reject, VectorSpec, encoded_schema, number_type
 from pipelines.encoders.base import EncoderSpec
 
-Input = NDArray[Any]
-"""uint8 [height, width, 3] of an image, int32 [context_length] of a caption."""
+Input = Any
+"""uint8 [height, width, 3] of an image, int32 [at most context_length] of a caption, or both in a tuple."""
 
 
-def stored(raw: NDArray[np.float32], spec: EncoderSpec) -> NDArray[Any]:
-    """Vectors as they are written, [n, dim] of spec.dtype, from float32 [n, dim].
+def stored(raw: NDArray[np.float32], spec: EncoderSpec, vectors: VectorSpec) -> NDArray[Any]:
+    """Vectors as they are written, [n, count * dim] of spec.dtype, from float32 of the same shape.
 
     What has no finite form (zeros to be normalised, too large a value for float16) is not finite here.
     """
     with np.errstate(all="ignore"):
         if spec.normalize:
+            each = raw.reshape(len(raw), vectors.count, vectors.dim)
             # In float64, as the sum of squares of finite float32 values may not fit float32.
-            raw = (raw / np.linalg.norm(raw.astype(np.float64), axis=1, keepdims=True)).astype(np.float32)
+            lengths = np.linalg.norm(each.astype(np.float64), axis=2, keepdims=True)
+            raw = (each / lengths).astype(np.float32).reshape(raw.shape)
         return raw.astype(spec.dtype)
 
 
@@ -33,10 +35,11 @@ def stored(raw: NDArray[np.float32], spec: EncoderSpec) -> NDArray[Any]:
 class Items:
     """What one tower is fed, and where it came from.
 
-    rows: int64 [n], positions in the table. captions: int32 [n], each one's caption_index; None for images.
+    rows: int64 [n], positions in the table. captions: int32 [n], each one's caption_index; None where an item is a row.
     """
 
     table: pa.Table
+    modality: Modality
     inputs: list[Input]
     rows: NDArray[np.int64]
     captions: NDArray[np.int32] | None = None
@@ -44,12 +47,14 @@ class Items:
     def name(self, item: int) -> str:
         at = int(self.rows[item])
         row = f"row {self.table['row'][at]} of shard {self.table['shard'][at]}"
-        return f"the image of {row}" if self.captions is None else f"caption {self.captions[item]} of {row}"
+        if self.captions is not None:
+            return f"caption {self.captions[item]} of {row}"
+        return f"the image of {row}" if self.modality == "image" else f"the image and caption of {row}"
 
 
 @dataclass(frozen=True)
 class Vectors:
-    """values: [n, dim] as stored, one an item."""
+    """values: [n, count * dim] as stored, one row an item."""
 
     items: Items
     values: NDArray[Any]
@@ -60,13 +65,17 @@ class Vectors:
         return kept
 
 
+def items_of(table: pa.Table, modality: Modality) -> Items:
+    return {"image": images, "text": captions, "multimodal": pairs}[modality](table)
+
+
 def images(table: pa.Table) -> Items:
     """The rows that have pixels, as views of Arrow's memory."""
     shapes = table["pixels_shape"].to_pylist()
     pixels = [value.as_buffer() for chunk in table["pixels"].chunks for value in chunk]
     rows = [row for row, buffer in enumerate(pixels) if buffer is not None]
     inputs = [np.frombuffer(pixels[row], np.uint8).reshape(shapes[row]) for row in rows]
-    return Items(table, inputs, np.array(rows, np.int64))
+    return Items(table, "image", inputs, np.array(rows, np.int64))
 
 
 def captions(table: pa.Table) -> Items:
@@ -75,47 +84,65 @@ def captions(table: pa.Table) -> Items:
     flat, rows = column.flatten(), pc.list_parent_indices(column).to_numpy()
     indices = np.arange(len(rows)) - np.searchsorted(rows, rows)
     present = flat.is_valid().to_numpy(zero_copy_only=False)
-    tokens = flat.drop_null().flatten().to_numpy().reshape(int(present.sum()), -1) if present.any() else []
-    return Items(table, list(tokens), rows[present], indices[present].astype(np.int32))
+    kept = flat.drop_null()
+    ends = np.cumsum(kept.value_lengths().to_numpy(zero_copy_only=False))
+    tokens = np.split(kept.flatten().to_numpy(), ends[:-1]) if len(kept) else []
+    return Items(table, "text", tokens, rows[present], indices[present].astype(np.int32))
+
+
+def pairs(table: pa.Table) -> Items:
+    """The rows that have pixels, and tokens of their first caption."""
+    pictures, texts = images(table), captions(table)
+    assert texts.captions is not None
+    first = {
+        int(row): tokens
+        for row, caption, tokens in zip(texts.rows, texts.captions, texts.inputs, strict=True)
+        if not caption
+    }
+    both = [
+        (row, (image, first[row]))
+        for row, image in zip(pictures.rows.tolist(), pictures.inputs, strict=True)
+        if row in first
+    ]
+    return Items(table, "multimodal", [pair for _, pair in both], np.array([row for row, _ in both], np.int64))
 
 
 def with_vectors(table: pa.Table, encoded: dict[Modality, Vectors], spec: EncoderSpec) -> pa.Table:
     """The table without pixels and tokens, with the vectors; those not finite are among its rejects."""
-    schema = encoded_schema(spec.dim, spec.dtype)
-    made = {
-        "rejects": _rejects(table, encoded),
-        "image_vector": _image_vectors(table.num_rows, encoded.get("image"), spec),
-        "text_vectors": _text_vectors(table.num_rows, encoded.get("text"), spec),
-    }
+    schema = encoded_schema(spec.dtype)
+    made = {"rejects": _rejects(table, encoded)}
+    for modality in MODALITIES:
+        column = _text_vectors if modality == "text" else _row_vectors
+        name = "text_vectors" if modality == "text" else f"{modality}_vector"
+        made[name] = column(table.num_rows, encoded.get(modality), spec)
     return pa.table([made[name] if name in made else table[name] for name in schema.names], schema=schema)
 
 
-def _image_vectors(rows: int, vectors: Vectors | None, spec: EncoderSpec) -> pa.Array:
-    # Arrow keeps a slot for a null of fixed size.
-    slots, missing = np.zeros((rows, spec.dim), spec.dtype), np.ones(rows, bool)
-    if vectors is not None:
-        at = vectors.items.rows[vectors.finite]
-        slots[at], missing[at] = vectors.values[vectors.finite], False
-    return _fixed_size_list(slots, spec, mask=pa.array(missing))
+def _row_vectors(rows: int, vectors: Vectors | None, spec: EncoderSpec) -> pa.Array:
+    if vectors is None:
+        return pa.nulls(rows, pa.list_(number_type(spec.dtype)))
+    missing = np.ones(rows, bool)
+    missing[vectors.items.rows[vectors.finite]] = False
+    ends = np.cumsum(~missing) * vectors.values.shape[1]
+    return _lists(vectors.values[vectors.finite], ends, pa.array(missing))
 
 
 def _text_vectors(rows: int, vectors: Vectors | None, spec: EncoderSpec) -> pa.Array:
-    at, captions, values = np.empty(0, np.int64), np.empty(0, np.int32), np.empty((0, spec.dim), spec.dtype)
+    at, captions, values = np.empty(0, np.int64), np.empty(0, np.int32), np.empty((0, 0), spec.dtype)
     if vectors is not None:
         assert vectors.items.captions is not None
         kept = vectors.finite
         at, captions, values = vectors.items.rows[kept], vectors.items.captions[kept], vectors.values[kept]
-    column = encoded_schema(spec.dim, spec.dtype).field("text_vectors").type
-    pairs = pa.StructArray.from_arrays(
-        [pa.array(captions), _fixed_size_list(values, spec)], fields=list(column.value_type)
-    )
+    column = encoded_schema(spec.dtype).field("text_vectors").type
+    each = _lists(values, np.arange(1, len(values) + 1) * values.shape[1])
+    found = pa.StructArray.from_arrays([pa.array(captions), each], fields=list(column.value_type))
     ends = np.cumsum(np.bincount(at, minlength=rows))
-    return pa.ListArray.from_arrays(pa.array(np.append(0, ends), pa.int32()), pairs, type=column)
+    return pa.ListArray.from_arrays(pa.array(np.append(0, ends), pa.int32()), found, type=column)
 
 
-def _fixed_size_list(values: NDArray[Any], spec: EncoderSpec, mask: pa.Array | None = None) -> pa.Array:
-    flat = pa.array(values.reshape(-1))
-    return pa.FixedSizeListArray.from_arrays(flat, type=vector_type(spec.dim, spec.dtype), mask=mask)
+def _lists(values: NDArray[Any], ends: NDArray[np.int64], mask: pa.Array | None = None) -> pa.Array:
+    offsets = pa.array(np.append(0, ends), pa.int32())
+    return pa.ListArray.from_arrays(offsets, pa.array(values.reshape(-1)), mask=mask)
 
 
 def _rejects(table: pa.Table, encoded: dict[Modality, Vectors]) -> pa.Array | pa.ChunkedArray:

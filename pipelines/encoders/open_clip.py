@@ -19,36 +19,41 @@ import transformers.dynamic_module_utils
 from numpy.typing import NDArray
 from safetensors import safe_open
 
+from pipelines.contracts import VectorSpec
 from pipelines.encoders import weights
 from pipelines.encoders.base import EncoderSpec, ImageTransform
 from pipelines.encoders.batch import DTYPES, Normalize, stack, trim
-from pipelines.encoders.open_clip_source import EXAMPLE, resolve
+from pipelines.encoders.name import EncoderName
+from pipelines.encoders.open_clip_source import EXAMPLES, resolve
 from pipelines.encoders.open_clip_text import library_tokenizer, tokenizer_digest
 from pipelines.errors import EncoderError
 
-__all__ = ["EXAMPLE", "OpenClipEncoder", "describe", "load"]
+__all__ = ["EXAMPLES", "OPTIONS", "OpenClipEncoder", "describe", "load"]
 
 _POSITIONS = ("visual.positional_embedding", "positional_embedding", "text.positional_embedding")
 
 _EncodeText = Callable[[torch.Tensor], torch.Tensor]
 
 
-def describe(name: str, reference: str, options: dict[str, dict[str, Any]]) -> EncoderSpec:
-    source = resolve(reference, options)
+OPTIONS: dict[str, str] = {}
+
+
+def describe(name: EncoderName, storage: dict[str, dict[str, Any]]) -> EncoderSpec:
+    source = resolve(name.reference, storage)
     if source.arch is None:
         source.folder.fetch(weights.small(source.folder.names()))
     text = source.model["text_cfg"]
+    vectors = VectorSpec(int(source.model["embed_dim"]))
     spec = EncoderSpec(
-        name=name,
+        name=name.text,
         family="open_clip",
         reference=source.reference,
-        dim=int(source.model["embed_dim"]),
-        modalities=("image", "text"),
+        vectors={"image": vectors, "text": vectors},
         image=_transform(source.model, source.preprocess),
         context_length=int(text.get("context_length", 77)),
         weights=source.folder.digest([source.checkpoint]),
         details={"model": source.model},
-        options=options,
+        options=storage,
     )
     return replace(spec, details={**spec.details, "tokenizer": tokenizer_digest(library_tokenizer(source))})
 
@@ -90,18 +95,13 @@ class OpenClipEncoder:
     def collate(self, pixels: list[NDArray[np.uint8]]) -> dict[str, torch.Tensor]:
         return stack(pixels)
 
-    @torch.inference_mode()
     def images(self, batch: dict[str, torch.Tensor]) -> torch.Tensor:
         images = self._normalize.images(batch["pixels"])
         vectors: torch.Tensor = self._model.encode_image(images, normalize=False)
         return vectors.float()
 
-    @torch.inference_mode()
     def texts(self, tokens: torch.Tensor) -> torch.Tensor:
         return self._encode_text(tokens.long()).float()
-
-    def float(self) -> OpenClipEncoder:
-        return load(replace(self.spec, precision="fp32"), self.device)
 
 
 class _TextTower(torch.nn.Module):
@@ -162,6 +162,7 @@ def _transform(model: dict[str, Any], preprocess: dict[str, Any]) -> ImageTransf
         crop=None if resize == "squash" else (height, width),
         resample="bilinear" if bilinear else "bicubic",
         alpha="drop",
+        rgb="last",
         library="torchvision",
         mean=_triple(cfg.mean),
         std=_triple(cfg.std),

@@ -16,7 +16,12 @@ from pipelines.encoders.hub import hub_folder
 from pipelines.encoders.quickgelu import refuse_mismatch
 from pipelines.errors import ConfigError, EncoderError
 
-EXAMPLE = "open_clip:ViT-B-32/laion2b_s34b_b79k"
+EXAMPLES = (
+    "open_clip:ViT-B-32/laion2b_s34b_b79k",
+    "open_clip:ViT-B-32@s3://models/mine.pt",
+    "open_clip:local-dir:DIR",
+    "open_clip:hf-hub:ORG/REPO",
+)
 
 _CONFIG = "open_clip_config.json"
 # The order in which open_clip itself looks for a checkpoint in a folder.
@@ -129,6 +134,6 @@ def _architecture(arch: str) -> dict[str, Any]:
         close = difflib.get_close_matches(arch, open_clip.list_models(), 3)
         raise ConfigError(
             f"open_clip knows no architecture {arch!r}.",
-            f"Perhaps {', '.join(close)}." if close else f"As in {EXAMPLE}; open_clip.list_models() names all.",
+            f"Perhaps {', '.join(close)}." if close else f"As in {EXAMPLES[0]}; open_clip.list_models() names all.",
         )
     return model

@@ -1,7 +1,7 @@
 """One image to the uint8 pixels an encoder sees, with PIL alone, equal to what its reference library computes.
 
-`torchvision` (open_clip) resizes and crops in the image's own mode and converts to RGB last;
-`transformers` (its `pil` backend) converts first. They also round crop offsets differently.
+open_clip resizes and crops in the image's own mode and converts to RGB last; transformers (its `pil` backend) and
+timm convert first. Libraries also round crop offsets differently.
 """
 
 from __future__ import annotations
@@ -32,20 +32,36 @@ _STRIP_PIXELS = 2**20
 
 
 def to_pixels(image: Image.Image, transform: ImageTransform, max_aspect: float) -> NDArray[np.uint8]:
-    """uint8 [height, width, 3] at the encoder's size, before rescaling and normalising.
+    """uint8 [height, width, 3] at the encoder's size, before rescaling and normalising."""
+    return pixels_of(prepared(image, max_aspect), transform)
 
-    EXIF orientation is applied first, 16-bit and float images are scaled to 8 bits, and an image longer
-    than `max_aspect` times its shorter side is cropped to its centre of that aspect.
-    """
+
+def prepared(image: Image.Image, max_aspect: float) -> Image.Image:
+    """What all encoders start from: EXIF orientation applied, 16-bit and float images scaled to 8 bits, and an image
+    longer than `max_aspect` times its shorter side cropped to its centre of that aspect."""
     # One step a line: what a step was made from is freed before the next, for images of hundreds of MiB.
     image = _upright(image)
     image = _eight_bit(image)
-    image = _limit_aspect(image, max_aspect)
-    if transform.library == "transformers" or transform.alpha == "white":
+    return _limit_aspect(image, max_aspect)
+
+
+def pixels_of(image: Image.Image, transform: ImageTransform) -> NDArray[np.uint8]:
+    """uint8 [height, width, 3] from a prepared image; [height, width, 6] of `tensors`."""
+    if transform.rgb == "first" or transform.alpha == "white":
         image = _to_rgb(image, transform.alpha)
+    if transform.library == "tensors":
+        return _fine_pixels(image, transform)
     image = _resize(image, transform)
     image = _crop(image, transform)
     return np.array(image.convert("RGB"))
+
+
+def _fine_pixels(image: Image.Image, transform: ImageTransform) -> NDArray[np.uint8]:
+    """Whole values and their 256ths, of channels resized as floats, by a filter that does not overshoot."""
+    resized = [np.asarray(_resize(image.getchannel(channel).convert("F"), transform)) for channel in "RGB"]
+    values = np.rint(np.stack(resized, axis=-1) * 256).astype(np.uint16)
+    parts: NDArray[np.uint8] = np.concatenate([values >> 8, values & 255], axis=-1).astype(np.uint8)
+    return parts
 
 
 def upright_size(image: Image.Image) -> tuple[int, int]:
@@ -187,7 +203,8 @@ def _crop(image: Image.Image, transform: ImageTransform) -> Image.Image:
     left, top = offset(image.width, width), offset(image.height, height)
     cropped = image.crop((left, top, left + width, top + height))
     if transform.fill and (image.width < width or image.height < height):
-        cropped.paste((transform.fill,) * len(image.getbands()), (0, 0, width, height))
+        fill = transform.fill if isinstance(transform.fill, tuple) else (transform.fill,) * len(image.getbands())
+        cropped.paste(fill, (0, 0, width, height))
         cropped.paste(image, (-left, -top))
     return cropped
 

@@ -42,6 +42,10 @@ class Folder(Protocol):
 
     def names(self) -> list[str]: ...
 
+    def sub(self, name: str) -> Folder:
+        """A folder in this one; it has no names where there is none."""
+        ...
+
     def digest(self, names: Sequence[str]) -> str:
         """64 hex digits for what is in these files, without downloading weights."""
         ...
@@ -63,13 +67,17 @@ def small(names: Iterable[str]) -> list[str]:
 def fetch_verified(folder: Folder, names: Sequence[str], weights: Sequence[str], digest: str) -> Path:
     """`fetch`, refused where the weights are no longer those of `digest`. Raises: EncoderError."""
     path = folder.fetch(names)
-    found = folder.fetched_digest(weights)
-    if found != digest:
+    refuse_changed(folder.reference, digest, folder.fetched_digest(weights))
+    return path
+
+
+def refuse_changed(reference: str, planned: str, found: str) -> None:
+    """Raises: EncoderError where two digests of weights differ."""
+    if found != planned:
         raise EncoderError(
-            f"The weights of {folder.reference} changed: planned with {digest[:12]}, found {found[:12]}.",
+            f"The weights of {reference} changed: planned with {planned[:12]}, found {found[:12]}.",
             "Put the old weights back, or start a new output (or --name) for the new ones.",
         )
-    return path
 
 
 @dataclass(frozen=True)
@@ -84,7 +92,10 @@ class LocalFolder:
         return str(self.path)
 
     def names(self) -> list[str]:
-        return sorted(entry.name for entry in self.path.iterdir() if entry.is_file())
+        return sorted(entry.name for entry in self.path.iterdir() if entry.is_file()) if self.path.is_dir() else []
+
+    def sub(self, name: str) -> LocalFolder:
+        return LocalFolder(self.path / name, self.cache)
 
     def digest(self, names: Sequence[str]) -> str:
         return combined(file_digest(self.fetch([name]) / name, self.cache) for name in names)
@@ -129,6 +140,9 @@ class RemoteFolder:
 
     def names(self) -> list[str]:
         return sorted(self._entries)
+
+    def sub(self, name: str) -> RemoteFolder:
+        return RemoteFolder(f"{self.uri}/{name}", self.options, cache=self.cache)
 
     def digest(self, names: Sequence[str]) -> str:
         return combined(_token(self._entry(name)) for name in names)

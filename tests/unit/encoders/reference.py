@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import io
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import numpy as np
@@ -14,6 +14,7 @@ from PIL import Image, ImageOps
 
 from pipelines.decode import open_image
 from pipelines.encoders.base import Encoder, EncoderSpec
+from pipelines.encoders.batch import padded
 from pipelines.encoders.pixels import to_pixels
 
 
@@ -80,14 +81,33 @@ def reference(name: str) -> OpenClipReference | HfReference:
 # -- ours, in batches ----------------------------------------------------------------------------
 
 
+@torch.inference_mode()
 def our_images(encoder: Encoder, images: Sequence[bytes], batch: int = 7) -> np.ndarray:
     """Through the pipeline's own steps: open, to_pixels, collate, images."""
-    spec: EncoderSpec = encoder.spec
-    pixels = [to_pixels(open_image(data, 10**8), spec.image, spec.max_aspect) for data in images]
-    batches = [pixels[at : at + batch] for at in range(0, len(pixels), batch)]
-    return np.concatenate([encoder.images(encoder.collate(batch)).numpy() for batch in batches])
+    pixels = our_pixels(encoder.spec, images)
+    return joined(encoder.images(encoder.collate(pixels[at : at + batch])) for at in range(0, len(pixels), batch))
 
 
-def our_texts(encoder: Encoder, tokens: np.ndarray, batch: int = 5) -> np.ndarray:
-    batches = [tokens[at : at + batch] for at in range(0, len(tokens), batch)]
-    return np.concatenate([encoder.texts(torch.from_numpy(batch)).numpy() for batch in batches])
+@torch.inference_mode()
+def our_texts(encoder: Encoder, tokens: Sequence[np.ndarray], batch: int = 5) -> np.ndarray:
+    """tokens: as the tokenizer gives them."""
+    longest = encoder.spec.context_length
+    return joined(encoder.texts(padded(list(tokens[at : at + batch]), longest)) for at in range(0, len(tokens), batch))
+
+
+@torch.inference_mode()
+def our_pairs(encoder: Encoder, images: Sequence[bytes], tokens: Sequence[np.ndarray], batch: int = 5) -> np.ndarray:
+    """Of each image with the caption at its position."""
+    pixels, longest = our_pixels(encoder.spec, images), encoder.spec.context_length
+    return joined(
+        encoder.pairs(encoder.collate(pixels[at : at + batch]), padded(list(tokens[at : at + batch]), longest))
+        for at in range(0, len(pixels), batch)
+    )
+
+
+def our_pixels(spec: EncoderSpec, images: Sequence[bytes]) -> list[np.ndarray]:
+    return [to_pixels(open_image(data, 10**8), spec.image, spec.max_aspect) for data in images]
+
+
+def joined(batches: Iterable[torch.Tensor]) -> np.ndarray:
+    return np.concatenate([batch.float().numpy() for batch in batches])

@@ -52,7 +52,7 @@ def test_images(checkpoint: Checkpoint, kind: str) -> None:
     theirs_of = library(checkpoint(kind))
     theirs = np.stack([theirs_of.image(data) for data in images.values()])
     ours = our_images(registry.load(spec, CPU), list(images.values()))
-    assert ours.shape == (len(images), spec.dim)
+    assert ours.shape == (len(images), spec.vectors["image"].dim)
     assert_near(ours, theirs, list(images), 1e-3)
 
 
@@ -79,7 +79,6 @@ def test_half_precision(checkpoint: Checkpoint, kind: str, precision: str, bound
     assert_near(our_images(half, images), our_images(whole, images), list(varied()), bound)
     tokens = tokenizer(spec)(CAPTIONS)
     assert_near(our_texts(half, tokens), our_texts(whole, tokens), CAPTIONS, bound)
-    np.testing.assert_array_equal(our_texts(half.float(), tokens), our_texts(whole, tokens))
 
 
 @pytest.mark.parametrize("kind", ["open_clip-gelu", "hf-clip-eos49407", "hf-siglip2-naflex"])

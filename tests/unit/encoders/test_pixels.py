@@ -23,6 +23,7 @@ CLIP = ImageTransform(
     crop=(32, 32),
     resample="bicubic",
     alpha="drop",
+    rgb="last",
     library="torchvision",
     mean=(0.5, 0.5, 0.5),
     std=(0.5, 0.5, 0.5),

@@ -1,0 +1,58 @@
+"""What most encoders share: how batches become a model's inputs."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from pipelines.encoders.base import EncoderSpec
+from pipelines.encoders.batch import DTYPES, Normalize, stack
+
+
+class TorchEncoder:
+    """A model on one device. A family says what `image`, `text` and `pair` are, as far as it has them.
+
+    model: in eval mode, its parameters in the dtype of spec.precision.
+    """
+
+    def __init__(self, spec: EncoderSpec, device: torch.device, model: Any) -> None:
+        self.spec, self.device = spec, device
+        self.model = model.to(device).eval().requires_grad_(False)
+        self._normalize = Normalize(spec.image, device, DTYPES[spec.precision]) if spec.image else None
+
+    def image(self, pixels: torch.Tensor) -> torch.Tensor:
+        """[n, dim] from normalised pixels [n, 3, height, width]."""
+        raise NotImplementedError
+
+    def text(self, ids: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+        """[n, dim] from int64 ids and mask [n, length], 1 where there is a token."""
+        raise NotImplementedError
+
+    def pair(self, pixels: torch.Tensor, ids: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+        """[n, dim] of images with their captions."""
+        raise NotImplementedError
+
+    def collate(self, pixels: list[NDArray[np.uint8]]) -> dict[str, torch.Tensor]:
+        return stack(pixels)
+
+    def images(self, batch: dict[str, torch.Tensor]) -> torch.Tensor:
+        return self.image(self._pixels(batch))
+
+    def texts(self, tokens: torch.Tensor) -> torch.Tensor:
+        return self.text(*masked(tokens))
+
+    def pairs(self, batch: dict[str, torch.Tensor], tokens: torch.Tensor) -> torch.Tensor:
+        return self.pair(self._pixels(batch), *masked(tokens))
+
+    def _pixels(self, batch: dict[str, torch.Tensor]) -> torch.Tensor:
+        assert self._normalize is not None
+        return self._normalize.images(batch["pixels"])
+
+
+def masked(tokens: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """ids, with 0 in place of padding, and mask, from tokens padded with PADDING."""
+    mask = tokens >= 0
+    return tokens.clamp(min=0).long(), mask.long()
