@@ -12,6 +12,8 @@ from jobs.collect import collect, verify
 from jobs.console import err
 from jobs.demo import demo
 from jobs.embed import embed, plan
+from jobs.encoders import app as encoders
+from jobs.fit import fit
 from jobs.index import index
 from jobs.search import search
 from jobs.signals import Stopped, received, stoppable
@@ -27,8 +29,9 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-for verb in (plan, embed, index, search, status, verify, collect, demo):
+for verb in (plan, embed, index, search, fit, status, verify, collect, demo):
     app.command()(verb)
+app.add_typer(encoders, name="encoders")
 
 
 def main() -> None:

@@ -39,11 +39,11 @@ def size(count: float) -> str:
 class RunProgress:
     """A bar in a terminal; elsewhere one JSON line every 30 s. Called with the meter's reading."""
 
-    def __init__(self, shards: int) -> None:
+    def __init__(self, shards: int, what: str = "shards") -> None:
         self._shards, self._started, self._last_line = shards, time.monotonic(), time.monotonic()
         self._bar = self._task = None
         if err.is_terminal:
-            columns = [TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TextColumn("shards")]
+            columns = [TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TextColumn(what)]
             rate = TextColumn("{task.fields[rows]} rows, {task.fields[rate]:.0f}/s")
             self._bar = Progress(*columns, rate, TimeElapsedColumn(), TimeRemainingColumn(), console=err)
             self._task = self._bar.add_task("embedding", total=shards, rows=0, rate=0.0)
@@ -93,20 +93,27 @@ def print_report(report: dict[str, Any]) -> None:
     shards, stages = report["shards"], report["stages"]
     done = f"{shards['done_now']} shards embedded, {shards['done_before']} were done before"
     out.print(f"{done}; {duration(report['seconds'])}.", markup=False)
-    for modality, count in report["items"].items():
-        absent = f", {count['absent']} samples without" if count["absent"] else ""
-        outcome = f"{count['embedded']:,} embedded + {count['rejected']:,} rejected"
-        line = f"  {modality:<6} {count['items']:>9,} items = {outcome}"
-        removed = f" + {count['removed']:,} removed" if count["removed"] else ""
-        out.print(line + removed + absent, markup=False)
-    if report["rejects"]:
-        top = ", ".join(f"{reason} {count:,}" for reason, count in list(report["rejects"].items())[:5])
-        out.print(f"  rejects by reason: {top}", markup=False)
+    for folder, encoder in report["encoders"].items():
+        print_outcome(folder if len(report["encoders"]) > 1 else None, encoder)
     if stages:
-        out.print(f"  {'stage':<7}{'rows':>10}{'seconds':>10}{'rows/s':>10}{'peak MiB':>10}")
-    for name in ("read", "decode", "encode", "write"):
+        out.print(f"  {'stage':<9}{'rows':>10}{'seconds':>10}{'rows/s':>10}{'peak MiB':>10}")
+    for name in ("read", "translate", "decode", "encode", "write"):
         stage = stages.get(name)
         if stage:
             mark = "  ← bottleneck" if name == report["bottleneck"] else ""
             cells = f"{stage['rows']:>10,.0f}{stage['seconds']:>10.1f}{stage.get('rows_per_second', 0):>10.1f}"
-            out.print(f"  {name:<7}{cells}{stage.get('peak_mib', 0):>10.0f}{mark}", markup=False)
+            out.print(f"  {name:<9}{cells}{stage.get('peak_mib', 0):>10.0f}{mark}", markup=False)
+
+
+def print_outcome(folder: str | None, encoder: dict[str, Any]) -> None:
+    """Of one encoder: its items by modality, and why some were rejected."""
+    if folder:
+        out.print(f"  {folder}", markup=False)
+    for modality, count in encoder["items"].items():
+        absent = f", {count['absent']} samples without" if count["absent"] else ""
+        outcome = f"{count['embedded']:,} embedded + {count['rejected']:,} rejected"
+        removed = f" + {count['removed']:,} removed" if count["removed"] else ""
+        out.print(f"  {modality:<10} {count['items']:>9,} items = {outcome}{removed}{absent}", markup=False)
+    if encoder["rejects"]:
+        top = ", ".join(f"{reason} {count:,}" for reason, count in list(encoder["rejects"].items())[:5])
+        out.print(f"  rejects by reason: {top}", markup=False)

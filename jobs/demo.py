@@ -47,7 +47,7 @@ def demo(folder: Folder = Path("demo")) -> None:
         require_resources(run.config, cluster)
         run_embed(run)
         say("4. Index", "autofaiss chooses, recall is measured")
-        build(run.store, run.folder)
+        build(run.store, run.folders[0])
     say("5. Search", "with altered copies (cropped, brighter, JPEG quality 60) of three scenes")
     search(run.store, folder)
     next_steps(folder)

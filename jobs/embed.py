@@ -10,7 +10,8 @@ from jobs import options
 from jobs.cluster import connected
 from jobs.console import RunProgress, err, out, print_plan, print_report, size
 from pipelines.config import RunConfig
-from pipelines.prepare import Cluster, Prepared, prepare, require_resources
+from pipelines.contracts import VectorSpec
+from pipelines.prepare import Cluster, Prepared, all_actors, prepare, require_resources
 from pipelines.storage import whole_uri
 
 ABOVE_CEILING = 3
@@ -24,11 +25,13 @@ Ceiling = Annotated[
 
 def embed(
     what: options.What,
-    encoder: options.EncoderName = None,
+    encoder: options.EncoderNames = None,
     output: options.Output = None,
-    name: options.Name = None,
+    name: options.Names = None,
     format: options.Format = None,
     modalities: options.Modalities = None,
+    translate: options.Translate = None,
+    text_clean: options.TextClean = None,
     precision: options.PrecisionFlag = None,
     batch_size: options.BatchSize = None,
     dtype: options.Dtype = None,
@@ -49,6 +52,8 @@ def embed(
         "name": name,
         "format": format,
         "modalities": modalities,
+        "translate.pair": translate,
+        "decode.text_clean": text_clean,
         "encode.precision": precision,
         "encode.batch_size": batch_size,
         "write.dtype": dtype,
@@ -67,11 +72,13 @@ def embed(
 
 def plan(
     what: options.What,
-    encoder: options.EncoderName = None,
+    encoder: options.EncoderNames = None,
     output: options.Output = None,
-    name: options.Name = None,
+    name: options.Names = None,
     format: options.Format = None,
     modalities: options.Modalities = None,
+    translate: options.Translate = None,
+    text_clean: options.TextClean = None,
     precision: options.PrecisionFlag = None,
     batch_size: options.BatchSize = None,
     dtype: options.Dtype = None,
@@ -84,8 +91,8 @@ def plan(
     Example: vecmill plan recipe.yaml
     """
     embed(
-        what, encoder, output, name, format, modalities, precision, batch_size, dtype, reject_ceiling,
-        set=set, address=address, dry_run=True,
+        what, encoder, output, name, format, modalities, translate, text_clean, precision, batch_size, dtype,
+        reject_ceiling, set=set, address=address, dry_run=True,
     )  # fmt: skip
 
 
@@ -98,7 +105,8 @@ def with_whole_output(config: RunConfig) -> RunConfig:
 def show_plan(run: Prepared, cluster: Cluster) -> None:
     config, encode, shards = run.config, run.config.encode, run.plan.shards
     pending = [work.shard for work in run.plan.pending]
-    needed_cpus = int(encode.actors) * encode.cpus_per_actor + config.cluster.spare_cpus
+    actors = all_actors(config)
+    needed_cpus = actors * encode.cpus_per_actor + config.cluster.spare_cpus
     facts = {
         "input": ", ".join(config.input),
         "shards": f"{len(shards):,} ({size(sum(shard.bytes for shard in shards))})",
@@ -106,13 +114,10 @@ def show_plan(run: Prepared, cluster: Cluster) -> None:
         "pending": f"{len(pending):,} ({size(sum(shard.bytes for shard in pending))})",
         "changed": f"{len(run.plan.changed):,} of the pending replace what an older version of the shard gave",
         "vanished": f"{len({ref.shard for ref in run.plan.vanished}):,} shards of the output are not in this input",
-        "encoder": f"{run.spec.name}, {run.spec.dim} dimensions, {encode.precision}",
-        "modalities": ", ".join(run.modalities),
-        "fingerprint": run.spec.fingerprint[:16],
-        "output": f"{config.output}/embeddings/{run.folder}",
-        "actors": f"{encode.actors} of {encode.gpus_per_actor:g} GPUs and {encode.cpus_per_actor:g} CPUs, "
+        **_encoder_facts(run),
+        "actors": f"{actors} of {encode.gpus_per_actor:g} GPUs and {encode.cpus_per_actor:g} CPUs, "
         f"batches of {encode.batch_size}",
-        "resources": f"{needed_cpus:g} CPUs and {int(encode.actors) * float(encode.gpus_per_actor):g} GPUs needed, "
+        "resources": f"{needed_cpus:g} CPUs and {actors * float(encode.gpus_per_actor):g} GPUs needed, "
         f"the cluster has {cluster.cpus:g} and {cluster.gpus:g}",
     }
     facts |= section_lines(config)
@@ -121,10 +126,28 @@ def show_plan(run: Prepared, cluster: Cluster) -> None:
     out.print("Nothing was changed. Run `vecmill embed` with the same arguments to start.")
 
 
+def _encoder_facts(run: Prepared) -> dict[str, str]:
+    """Lines of each encoder, numbered where there are several."""
+    facts = {}
+    for number, target in enumerate(run.targets, 1):
+        spec, after = target.spec, f" {number}" if len(run.targets) > 1 else ""
+        facts[f"encoder{after}"] = f"{spec.name}, {spec.precision}"
+        facts[f"vectors{after}"] = ", ".join(
+            vectors_told(modality, spec.vectors[modality]) for modality in target.modalities
+        )
+        facts[f"fingerprint{after}"] = spec.fingerprint[:16]
+        facts[f"output{after}"] = f"{run.config.output}/embeddings/{target.folder}"
+    return facts
+
+
+def vectors_told(modality: str, vectors: VectorSpec) -> str:
+    return f"{modality} {vectors.dim}" if vectors.count == 1 else f"{modality} {vectors.count} x {vectors.dim}"
+
+
 def section_lines(config: RunConfig) -> dict[str, str]:
     """The resolved settings as --set takes them, a line a section; those that are unset are left out."""
     sections = config.model_dump(
-        mode="json", include={"read", "decode", "encode", "write", "cluster"}, exclude_none=True
+        mode="json", include={"read", "translate", "decode", "encode", "write", "cluster"}, exclude_none=True
     )
     return {name: " ".join(f"{key}={value}" for key, value in values.items()) for name, values in sections.items()}
 
@@ -135,22 +158,35 @@ def run_embed(run: Prepared, prune: bool = False) -> None:
 
     pending, done = len(run.plan.pending), run.plan.done
     err.print(
-        f"{pending:,} shards to embed, {done:,} done before, into {run.store.uri(f'embeddings/{run.folder}')}",
+        f"{pending:,} shards to embed, {done:,} done before, into "
+        + ", ".join(run.store.uri(f"embeddings/{folder}") for folder in run.folders),
         markup=False,
     )
-    with RunProgress(pending) as progress:
+    with progress_of(run) as progress:
         report = embed_pending(run, progress, prune=prune, say=lambda line: err.print(line, markup=False))
     print_report(report)
     show_stale(run)
     show_vanished(run, prune)
     out.print(f"  report: {run.store.uri('reports/' + report['run'] + '.json')}", markup=False)
-    if report["reject_rate"] > report["reject_ceiling"]:
+    require_under_ceiling(run, report)
+
+
+def progress_of(run: Prepared) -> RunProgress:
+    """Each encoder's shards count, where there are several."""
+    pending = sum(len(set(work.families) & set(run.folders)) for work in run.plan.pending)
+    return RunProgress(pending, "shards" if len(run.folders) == 1 else f"shards of {len(run.folders)} encoders")
+
+
+def require_under_ceiling(run: Prepared, report: dict[str, Any]) -> None:
+    ceiling = report["reject_ceiling"]
+    above = {name: one["reject_rate"] for name, one in report["encoders"].items() if one["reject_rate"] > ceiling}
+    for folder, rate in above.items():
         err.print(
-            f"{report['reject_rate']:.1%} of the items were rejected, more than the ceiling of "
-            f"{report['reject_ceiling']:.1%}.\n"
-            f"  Look at {run.store.uri('rejects/' + run.folder)}; raise --reject-ceiling if this is what you expect.",
+            f"{rate:.1%} of the items were rejected, more than the ceiling of {ceiling:.1%}.\n"
+            f"  Look at {run.store.uri('rejects/' + folder)}; raise --reject-ceiling if this is what you expect.",
             markup=False,
         )
+    if above:
         raise typer.Exit(ABOVE_CEILING)
 
 

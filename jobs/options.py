@@ -22,12 +22,32 @@ What = Annotated[
     ),
 ]
 Output = Annotated[str | None, typer.Option(help="Folder or bucket prefix that gets everything.", show_default=False)]
-EncoderName = Annotated[
-    str | None, typer.Option("--encoder", help="FAMILY:MODEL, as in open_clip:ViT-B-32/laion2b_s34b_b79k.")
+EncoderNames = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--encoder",
+        help="FAMILY:MODEL, as in open_clip:ViT-B-32/laion2b_s34b_b79k; `vecmill encoders` lists them. Several share "
+        "one read and one decode.",
+        show_default=False,
+    ),
 ]
-Name = Annotated[str | None, typer.Option(help="Alias for the encoder's folder under embeddings/.")]
+Names = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--name", help="Alias for the encoder's folder under embeddings/; one an encoder.", show_default=False
+    ),
+]
 Format = Annotated[str | None, typer.Option(help="tar, parquet, folder or manifest; recognised by suffix if left out.")]
-Modalities = Annotated[str | None, typer.Option(help="image, text or image,text; all the encoder has if left out.")]
+Modalities = Annotated[
+    str | None, typer.Option(help="image, text, multimodal, or several as image,text; all the encoder has if left out.")
+]
+Translate = Annotated[
+    str | None,
+    typer.Option(
+        help="Translate captions first, as in it:en; --set translate.model=… names the model.", show_default=False
+    ),
+]
+TextClean = Annotated[str | None, typer.Option(help="lavis: captions cleaned as LAVIS does; none if left out.")]
 PrecisionFlag = Annotated[
     str | None, typer.Option("--precision", help="fp32, fp16 or bf16; fp16 on GPUs and fp32 on CPU if left out.")
 ]
@@ -95,7 +115,8 @@ class NamedOutput(NamedTuple):
     @property
     def encoder(self) -> str | None:
         """The encoder's folder as the recipe aliases it."""
-        return self.recipe.name if self.recipe else None
+        names = self.recipe.name if self.recipe else None
+        return names[0] if names and len(names) == 1 else None
 
 
 def named_output(given: str) -> NamedOutput:

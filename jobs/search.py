@@ -57,7 +57,7 @@ def search(
     asked = asked_queries(text, image, queries)
     named = named_output(output)
     searcher = Searcher(named.store, encoder or named.encoder, modality, release, exact, resident=False)
-    vectors = embed_queries(query_spec(named.store, searcher.encoder), asked, text_weight)
+    vectors = embed_queries(query_spec(named.store, searcher.encoder), asked, text_weight, searched=modality)
     found = searcher.search(vectors, k, lambda line: err.print(line, markup=False))
     for query, hits in zip(asked, found, strict=True):
         print_hits(query, hits, as_json)

@@ -22,12 +22,13 @@ from pydantic import (
     NonNegativeFloat,
     PositiveInt,
     ValidationError,
+    ValidationInfo,
     field_validator,
 )
 from yaml.parser import ParserError
 from yaml.scanner import ScannerError
 
-from pipelines.contracts import SAMPLES_FAMILY
+from pipelines.contracts import SAMPLES_FAMILY, Modality
 from pipelines.errors import ConfigError
 from pipelines.secrets import MASK, is_secret, masked_values, remember
 
@@ -39,6 +40,13 @@ Loc = tuple[int | str, ...]
 def _as_list(value: Any) -> Any:
     """`image,text` and a bare string are lists too."""
     return [part for part in value.split(",") if part] if isinstance(value, str) else value
+
+
+def _one_or_more(value: Any) -> Any:
+    return [value] if isinstance(value, str) else value
+
+
+Alias = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]{0,99}$")]
 
 
 class Section(BaseModel):
@@ -91,6 +99,9 @@ class DecodeConfig(Section):
     alpha: Literal["reference", "white", "drop"] = Field(
         "reference", description="transparency: as the encoder's own library, on white, or dropped"
     )
+    text_clean: Literal["none", "lavis"] = Field(
+        "none", description="what is done to captions before they are tokenised: nothing, or as LAVIS does"
+    )
     rows_per_block: int = Field(128, ge=1, description="samples decoded into one block")
 
     @property
@@ -99,12 +110,30 @@ class DecodeConfig(Section):
         return DECODE_BASE_MIB + ceil(self.max_pixels * BYTES_PER_PIXEL / 2**20)
 
 
+class TranslateConfig(Section):
+    pair: str | None = Field(
+        None, pattern=r"^[\w-]+:[\w-]+$", description="languages of the captions and of the encoder, as in it:en"
+    )
+    model: str | None = Field(
+        None, description="Marian model: a hub name, folder or URL; Helsinki-NLP's of the pair where unset"
+    )
+    batch_size: int = Field(32, ge=1, description="captions translated at once")
+    actors: int = Field(1, ge=1)
+    gpus_per_actor: float = Field(0.0, ge=0, description="0 translates on CPUs, one an actor")
+    memory_mib: int = Field(2_048, ge=64, description="memory that Ray reserves for an actor")
+
+
 class EncodeConfig(Section):
     precision: Precision | Auto = Field("auto", description="auto: fp16 on GPUs, fp32 on CPU")
     batch_size: PositiveInt | Auto = Field(
         "auto", description="items in one forward pass; auto: 256 on GPUs, 64 on CPU"
     )
-    actors: PositiveInt | Auto = Field("auto", description="encoder actors; auto: one a GPU, one in all on CPU")
+    pools: Literal["auto", "together", "each"] = Field(
+        "auto",
+        description="several encoders in one actor, in turn, or in actors of their own; auto: their own where there "
+        "are GPUs for each",
+    )
+    actors: PositiveInt | Auto = Field("auto", description="actors of each pool; auto: one a GPU, one in all on CPU")
     gpus_per_actor: NonNegativeFloat | Auto = Field("auto", description="auto: 1 where the cluster has GPUs, else 0")
     cpus_per_actor: float = Field(1.0, ge=0, description="CPUs Ray reserves for an actor")
     threads: PositiveInt | Auto = Field(
@@ -138,7 +167,9 @@ class ClusterConfig(Section):
     address: str | None = Field(
         None, description="Ray cluster; unset: RAY_ADDRESS's or a local one started for the run"
     )
-    spare_cpus: float = Field(1.0, ge=0, description="CPUs that actors leave for reading, decoding and writing")
+    spare_cpus: float = Field(
+        1.0, ge=1, description="CPUs that actors leave for reading, decoding and writing: without one a run would hang"
+    )
     no_progress_timeout_s: int = Field(900, ge=10)
     memory_per_decode_task_mib: int = Field(1_024, ge=64)
 
@@ -146,15 +177,16 @@ class ClusterConfig(Section):
 class RunConfig(Section):
     """Everything an `embed` run is told."""
 
-    input: Annotated[list[str], BeforeValidator(lambda v: [v] if isinstance(v, str) else v)] = Field(min_length=1)
+    input: Annotated[list[str], BeforeValidator(_one_or_more)] = Field(min_length=1)
     output: str
-    encoder: str
-    name: str | None = Field(
-        None, pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]{0,99}$", description="alias of the encoder's folder"
+    encoder: Annotated[list[str], BeforeValidator(_one_or_more)] = Field(min_length=1)
+    name: Annotated[list[Alias] | None, BeforeValidator(_one_or_more)] = Field(
+        None, description="alias of the encoder's folder, of each where there are several"
     )
     format: Literal["auto", "tar", "parquet", "folder", "manifest"] = "auto"
-    modalities: Annotated[list[Literal["image", "text"]], BeforeValidator(_as_list)] | Auto = "auto"
+    modalities: Annotated[list[Modality], BeforeValidator(_as_list)] | Auto = "auto"
     read: ReadConfig = ReadConfig()
+    translate: TranslateConfig = TranslateConfig()
     decode: DecodeConfig = DecodeConfig()
     encode: EncodeConfig = EncodeConfig()
     write: WriteConfig = WriteConfig()
@@ -164,12 +196,20 @@ class RunConfig(Section):
         {}, description="file system options by protocol: {s3: {endpoint_url: …}}"
     )
 
+    @property
+    def aliases(self) -> list[str | None]:
+        """One an encoder."""
+        return list(self.name) if self.name else [None] * len(self.encoder)
+
     @field_validator("name")
     @classmethod
-    def _not_the_samples(cls, value: str | None) -> str | None:
-        if value == SAMPLES_FAMILY:
+    def _one_an_encoder(cls, names: list[str] | None, info: ValidationInfo) -> list[str] | None:
+        if SAMPLES_FAMILY in (names or []):
             raise ValueError(f"{SAMPLES_FAMILY} is the name of the samples' own family; any other name is allowed")
-        return value
+        encoders = info.data.get("encoder") or []
+        if names and len(names) != len(encoders):
+            raise ValueError(f"as many names as encoders are expected, which are {len(encoders)}")
+        return names
 
     @field_validator("output")
     @classmethod

@@ -1,7 +1,8 @@
 """The words of the project as types: shards, samples, rejects, and the Arrow schemas between stages.
 
 `(shard, row)` names a sample for ever, `(shard, row, caption_index)` a caption. An *item* is what
-one vector stands for: a row (image) or a caption of a row (text).
+one vector stands for: a row (image; multimodal, which is its image with its first caption) or a caption of
+a row (text).
 """
 
 from __future__ import annotations
@@ -13,8 +14,8 @@ import pyarrow as pa
 
 from pipelines.secrets import masked
 
-Modality = Literal["image", "text"]
-MODALITIES: tuple[Modality, ...] = ("image", "text")
+Modality = Literal["image", "text", "multimodal"]
+MODALITIES: tuple[Modality, ...] = ("image", "text", "multimodal")
 Format = Literal["tar", "parquet", "folder", "manifest"]
 
 SAMPLES_FAMILY = "samples"
@@ -55,7 +56,7 @@ class Reject:
     """An item that could not be embedded.
 
     reason: a short constant such as `truncated_image`; detail: one line for a person, credentials masked.
-    caption_index: None for an image.
+    caption_index: None for an image, or for it with its caption.
     """
 
     modality: Modality
@@ -104,17 +105,21 @@ REJECT_ITEM = pa.struct(
 
 # Carried by every row through every operator. The last row of a shard is its end mark: `end` is
 # true and `row` is the number of rows, so that a shard that is empty or all rejects completes too.
+# From decoding on, each encoder of the run has rows of its own, named by its folder, and `families` are those
+# that this row is written to.
 _PLACE = [
     pa.field("shard", pa.string()),
     pa.field("shard_uri", pa.string()),
     pa.field("version", pa.string()),
     pa.field("families", pa.list_(pa.string())),
+    pa.field("encoder", pa.string()),
     pa.field("row", pa.int64()),
     pa.field("end", pa.bool_()),
 ]
 _DESCRIPTION = [
     pa.field("key", pa.string()),
     pa.field("captions", pa.list_(pa.string())),
+    pa.field("translations", pa.list_(pa.string())),
     pa.field("has_image", pa.bool_()),
     pa.field("uri", pa.string()),
     pa.field("offset", pa.int64()),
@@ -147,14 +152,32 @@ PIXELS = pa.schema(
 none. tokens: one list a caption, null where that caption has none."""
 
 
-def vector_type(dim: int, dtype: str) -> pa.DataType:
-    """Arrow type of one embedding: fixed_size_list<half|float>[dim]."""
-    return pa.list_(pa.float16() if dtype == "float16" else pa.float32(), dim)
+@dataclass(frozen=True)
+class VectorSpec:
+    """What an encoder's vectors of one modality are.
+
+    dim: length of one. count: how many an item has; several are compared by max-similarity. space: vectors of an
+    encoder can be compared where they are of the same space.
+    """
+
+    dim: int
+    space: str = "joint"
+    count: int = 1
 
 
-def encoded_schema(dim: int, dtype: str) -> pa.Schema:
-    """encode → write: what `samples/` needs, the rejects, and the vectors."""
-    vector = vector_type(dim, dtype)
+def number_type(dtype: str) -> pa.DataType:
+    return pa.float16() if dtype == "float16" else pa.float32()
+
+
+def vector_type(vectors: VectorSpec, dtype: str) -> pa.DataType:
+    """Arrow type of one embedding: fixed_size_list<half|float>[dim], or count of these."""
+    one = pa.list_(number_type(dtype), vectors.dim)
+    return one if vectors.count == 1 else pa.list_(one, vectors.count)
+
+
+def encoded_schema(dtype: str) -> pa.Schema:
+    """encode → write: what `samples/` needs, the rejects, and the vectors, of whatever length an encoder's have."""
+    vector = pa.list_(number_type(dtype))
     return pa.schema(
         [
             *_PLACE,
@@ -162,8 +185,15 @@ def encoded_schema(dim: int, dtype: str) -> pa.Schema:
             *_MEASURED,
             pa.field("image_vector", vector),
             pa.field("text_vectors", pa.list_(pa.struct([("caption_index", pa.int32()), ("vector", vector)]))),
+            pa.field("multimodal_vector", vector),
         ]
     )
+
+
+def passing_schema(dtype: str) -> pa.Schema:
+    """Between two encode operators: of rows that one has encoded, and of those that it left to the other."""
+    encoded = encoded_schema(dtype)
+    return pa.schema([*PIXELS, *(field for field in encoded if field.name not in PIXELS.names)])
 
 
 SAMPLES_PART = pa.schema(
@@ -172,6 +202,7 @@ SAMPLES_PART = pa.schema(
         pa.field("row", pa.int64()),
         pa.field("key", pa.string()),
         pa.field("captions", pa.list_(pa.string())),
+        pa.field("translations", pa.list_(pa.string())),
         pa.field("uri", pa.string()),
         pa.field("offset", pa.int64()),
         pa.field("length", pa.int64()),
@@ -198,11 +229,11 @@ REJECTS_PART = pa.schema(
 )
 
 
-def embedding_part(modality: Modality, dim: int, dtype: str) -> pa.Schema:
+def embedding_part(modality: Modality, vectors: VectorSpec, dtype: str) -> pa.Schema:
     """Columns of a part under `embeddings/<encoder>/<modality>/`. No nulls; no column called `id`."""
     fields = [pa.field("shard", pa.string(), nullable=False), pa.field("row", pa.int64(), nullable=False)]
     if modality == "text":
         fields.append(pa.field("caption_index", pa.int32(), nullable=False))
     fields.append(pa.field("key", pa.string()))
-    fields.append(pa.field("embedding", vector_type(dim, dtype), nullable=False))
+    fields.append(pa.field("embedding", vector_type(vectors, dtype), nullable=False))
     return pa.schema(fields)

@@ -21,8 +21,8 @@ from PIL import Image, UnidentifiedImageError
 from pipelines.config import BLOCK_BYTES, BYTES_PER_PIXEL, DecodeConfig
 from pipelines.contracts import PIXELS, REJECT_ITEM, Modality, Reject
 from pipelines.encoders import registry
-from pipelines.encoders.base import EncoderSpec, Tokenizer
-from pipelines.encoders.pixels import to_pixels, upright_size
+from pipelines.encoders.base import EncoderSpec, ImageTransform, Target, Tokenizer
+from pipelines.encoders.pixels import pixels_of, prepared, upright_size
 from pipelines.observe import Clock, Observe, nowhere, peak_memory_mib
 
 STAGE = "decode"
@@ -39,89 +39,105 @@ _BYTES_PER_PIXEL = {"GIF": 12, "PSD": 12, "TIFF": 12, "WEBP": 20, "AVIF": 20, "J
 _CUT_SHORT = ("truncated", "broken data stream", "end of file", "unexpected eof")
 
 
-@dataclass
-class Decoded:
-    """What became of one sample's image: pixels [height, width, 3] or why not."""
-
-    pixels: NDArray[np.uint8] | None = None
-    size: tuple[int, int] | None = None
-    reject: Reject | None = None
-
-
 class Decode:
-    """`decode_batch` as a callable that pickles small; the tokenizer is built once in a process."""
+    """`decode_for` as a callable that pickles small; tokenizers are built once in a process."""
 
-    def __init__(
-        self, spec: EncoderSpec, settings: DecodeConfig, modalities: Sequence[str], observe: Observe = nowhere
-    ) -> None:
-        self.spec, self.settings, self.modalities, self.observe = spec, settings, tuple(modalities), observe
+    def __init__(self, targets: Sequence[Target], settings: DecodeConfig, observe: Observe = nowhere) -> None:
+        self.targets, self.settings, self.observe = tuple(targets), settings, observe
 
     def __call__(self, block: pa.Table) -> Iterator[pa.Table]:
         """A block of large images or of many small ones: a few rows' pixels at a time."""
-        if "text" in self.modalities:
-            _tokenizer(self.spec)  # once a process, and no part of the stage's rate
+        for target in self.targets:
+            if _wants_text(target):
+                _tokenizer(target.spec)  # once a process, and no part of the stage's rate
         for start in range(0, block.num_rows, self.settings.rows_per_block):
-            yield self._decoded(block.slice(start, self.settings.rows_per_block))
+            yield from self._decoded(block.slice(start, self.settings.rows_per_block))
 
-    def _decoded(self, batch: pa.Table) -> pa.Table:
+    def _decoded(self, batch: pa.Table) -> list[pa.Table]:
         clock = Clock()
         with clock.running():
-            decoded = decode_batch(batch, self.spec, self.settings, self.modalities)
+            decoded = decode_for(batch, self.targets, self.settings)
         rows = batch.num_rows - pc.sum(batch["end"], min_count=0).as_py()
         self.observe(stage="decode", rows=rows, seconds=clock.seconds, peak_mib=peak_memory_mib())
         return decoded
 
 
-def decode_batch(batch: pa.Table, spec: EncoderSpec, settings: DecodeConfig, modalities: Sequence[str]) -> pa.Table:
-    """Rows of schema SAMPLE to rows of schema PIXELS, one for one and in order; end marks pass.
+def decode_for(batch: pa.Table, targets: Sequence[Target], settings: DecodeConfig) -> list[pa.Table]:
+    """Rows of schema SAMPLE, in tables of schema PIXELS: those of each encoder for which their shard is pending.
+
+    An image is decoded once, and brought to each encoder's size. Families of no encoder (the samples) go with a
+    row's first table.
+    """
+    families: list[list[str]] = batch.column("families").to_pylist()
+    folders = [target.folder for target in targets]
+    mine = [[name for name in folders if name in row] or folders[:1] for row in families]
+    images = _decoded_images(batch, targets, mine, settings)
+    tables = []
+    for target in targets:
+        rows = [at for at, names in enumerate(mine) if target.folder in names]
+        if not rows:
+            continue
+        written = [_written(families[at], mine[at], folders, target.folder) for at in rows]
+        part = batch.take(rows).set_column(
+            batch.schema.get_field_index("families"), "families", pa.array(written, pa.list_(pa.string()))
+        )
+        tables.append(_table(part, [images[at] for at in rows], target))
+    return tables
+
+
+def _written(families: list[str], mine: list[str], folders: list[str], folder: str) -> list[str]:
+    """Families that a row is written to as this encoder's."""
+    others = [name for name in families if name not in folders] if folder == mine[0] else []
+    return [*others, *(name for name in families if name == folder)]
+
+
+def decode_batch(
+    batch: pa.Table, spec: EncoderSpec, settings: DecodeConfig, modalities: Sequence[Modality]
+) -> pa.Table:
+    """`decode_for` one encoder, whatever families the rows are for: rows one for one and in order; end marks pass.
 
     Pixels and tokens of a modality that is not asked for are null, and its rejects are dropped. Width
     and height (EXIF orientation applied) are null where the image has no readable header.
     """
-    rejects = [
-        [reject for reject in row or [] if reject["modality"] in modalities]
-        for row in batch.column("rejects").to_pylist()
-    ]
-    columns = _Columns()
-    for image, has_image, end, refused in zip(
-        batch.column("image"), batch.column("has_image"), batch.column("end"), rejects, strict=True
-    ):
-        data = image.as_py()
-        wanted = "image" in modalities and has_image.as_py() and not end.as_py() and not _refused_image(refused)
-        decoded = _decode(data or b"", spec, settings) if wanted else _measured(data, settings)
-        if decoded.reject:
-            refused.append(asdict(decoded.reject))
-        columns.add(data, decoded)
-    tokens = _tokens(batch.column("captions"), spec, rejects) if "text" in modalities else pa.nulls(len(batch))
-    return _pixels_table(
-        batch, {**columns.arrays(), "tokens": tokens, "rejects": pa.array(rejects, pa.list_(REJECT_ITEM))}
-    )
+    target = Target("", spec, tuple(modalities))
+    images = _decoded_images(batch, [target], [[""]] * batch.num_rows, settings)
+    return _table(batch, images, target)
 
 
-def _refused_image(rejects: list[dict[str, Any]]) -> bool:
-    return any(reject["modality"] == "image" for reject in rejects)
+def _table(batch: pa.Table, images: list[Decoded], target: Target) -> pa.Table:
+    rejects = batch.column("rejects").to_pylist()
+    outcomes = [_rejected(before or [], image, target) for before, image in zip(rejects, images, strict=True)]
+    captions = embedded_captions(batch)
+    tokens = _tokens(captions, target.spec, outcomes) if _wants_text(target) else pa.nulls(batch.num_rows)
+    for has_image, texts, found in zip(batch.column("has_image").to_pylist(), captions, outcomes, strict=True):
+        found.extend(_of_pair(found) if has_image and texts else [])
+    kept = [[reject for reject in found if reject["modality"] in target.modalities] for found in outcomes]
+    new = {
+        **_image_columns(images, target),
+        "encoder": pa.array([target.folder] * batch.num_rows, pa.string()),
+        "tokens": tokens,
+        "rejects": pa.array(kept, pa.list_(REJECT_ITEM)),
+    }
+    return _pixels_table(batch, new)
 
 
-@dataclass
-class _Columns:
-    """The image's columns, a row at a time."""
+def _wants_text(target: Target) -> bool:
+    return not {"text", "multimodal"}.isdisjoint(target.modalities)
 
-    sha256: list[str | None] = field(default_factory=list)
-    width: list[int | None] = field(default_factory=list)
-    height: list[int | None] = field(default_factory=list)
-    pixels: list[bytes | None] = field(default_factory=list)
-    pixels_shape: list[tuple[int, ...] | None] = field(default_factory=list)
 
-    def add(self, data: bytes | None, decoded: Decoded) -> None:
-        width, height = decoded.size or (None, None)
-        self.sha256.append(None if data is None else hashlib.sha256(data).hexdigest())
-        self.width.append(width)
-        self.height.append(height)
-        self.pixels.append(None if decoded.pixels is None else decoded.pixels.tobytes())
-        self.pixels_shape.append(None if decoded.pixels is None else decoded.pixels.shape)
+def _wants_pixels(target: Target) -> bool:
+    return not {"image", "multimodal"}.isdisjoint(target.modalities)
 
-    def arrays(self) -> dict[str, pa.Array]:
-        return {name: pa.array(values, PIXELS.field(name).type) for name, values in vars(self).items()}
+
+def _rejected(before: list[dict[str, Any]], image: Decoded, target: Target) -> list[dict[str, Any]]:
+    found = image.rejects.get(_transform(target)) if _wants_pixels(target) else None
+    return [*before, asdict(found)] if found else list(before)
+
+
+def _of_pair(rejects: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Why an image with its first caption is rejected: the first of their own rejects, if there is one."""
+    own = [reject for reject in rejects if reject["modality"] == "image" or reject["caption_index"] == 0]
+    return [{**own[0], "modality": "multimodal", "caption_index": None}] if own else []
 
 
 def _pixels_table(batch: pa.Table, new: dict[str, pa.Array]) -> pa.Table:
@@ -134,20 +150,64 @@ def _pixels_table(batch: pa.Table, new: dict[str, pa.Array]) -> pa.Table:
 # -- images --------------------------------------------------------------------------------------
 
 
-def _decode(data: bytes, spec: EncoderSpec, settings: DecodeConfig) -> Decoded:
-    assert spec.image is not None
+@dataclass
+class Decoded:
+    """What became of one sample's image: for each transform pixels [height, width, 3], or why not.
+
+    size: (width, height), EXIF orientation applied; None where there is no readable header.
+    """
+
+    sha256: str | None = None
+    size: tuple[int, int] | None = None
+    pixels: dict[ImageTransform, NDArray[np.uint8]] = field(default_factory=dict)
+    rejects: dict[ImageTransform, Reject] = field(default_factory=dict)
+
+
+def _transform(target: Target) -> ImageTransform:
+    assert target.spec.image is not None
+    return target.spec.image
+
+
+def _decoded_images(
+    batch: pa.Table, targets: Sequence[Target], mine: list[list[str]], settings: DecodeConfig
+) -> list[Decoded]:
+    """Of each row. mine: folders of the encoders that a row is for."""
+    by_folder = {target.folder: target for target in targets if _wants_pixels(target)}
+    columns = (batch.column(name) for name in ("image", "has_image", "end", "rejects"))
+    decoded = []
+    for folders, image, has_image, end, rejects in zip(mine, *columns, strict=True):
+        data = image.as_py()
+        wanted = {_transform(by_folder[name]): by_folder[name].spec for name in folders if name in by_folder}
+        if has_image.as_py() and not end.as_py() and not _refused_image(rejects.as_py() or []) and wanted:
+            found = _decode(data or b"", wanted, settings)
+        else:
+            found = _measured(data, settings)
+        found.sha256 = None if data is None else hashlib.sha256(data).hexdigest()
+        decoded.append(found)
+    return decoded
+
+
+def _refused_image(rejects: list[dict[str, Any]]) -> bool:
+    return any(reject["modality"] == "image" for reject in rejects)
+
+
+def _decode(data: bytes, wanted: dict[ImageTransform, EncoderSpec], settings: DecodeConfig) -> Decoded:
     opened = open_image(data, settings.max_pixels)
     if isinstance(opened, Reject):
-        return Decoded(reject=opened)
-    size, handed_over = upright_size(opened), [opened]
+        return Decoded(rejects=dict.fromkeys(wanted, opened))
+    decoded, handed_over = Decoded(size=upright_size(opened)), [opened]
     del opened
     try:
-        # No name here keeps the image: it is freed as soon as it has been turned, cropped or converted.
-        return Decoded(to_pixels(handed_over.pop(), spec.image, spec.max_aspect), size)
+        # No name here keeps the image as it was opened: it is freed as soon as it has been turned or cropped.
+        image = prepared(handed_over.pop(), max(spec.max_aspect for spec in wanted.values()))
+        for transform in wanted:
+            decoded.pixels[transform] = pixels_of(image, transform)
     except MemoryError:
         raise
     except Exception as error:
-        return Decoded(size=size, reject=_reject("decode_failed", error))
+        failed = _reject("decode_failed", error)
+        decoded.rejects = {transform: failed for transform in wanted if transform not in decoded.pixels}
+    return decoded
 
 
 def _measured(data: bytes | None, settings: DecodeConfig) -> Decoded:
@@ -155,6 +215,19 @@ def _measured(data: bytes | None, settings: DecodeConfig) -> Decoded:
     with suppress(Exception), _pixel_limit(settings.max_pixels):
         return Decoded(size=upright_size(Image.open(io.BytesIO(data or b""), formats=FORMATS)))
     return Decoded()
+
+
+def _image_columns(images: list[Decoded], target: Target) -> dict[str, pa.Array]:
+    own = [image.pixels.get(_transform(target)) if _wants_pixels(target) else None for image in images]
+    sizes = [image.size or (None, None) for image in images]
+    columns: dict[str, list[Any]] = {
+        "sha256": [image.sha256 for image in images],
+        "width": [width for width, _ in sizes],
+        "height": [height for _, height in sizes],
+        "pixels": [None if pixels is None else pixels.tobytes() for pixels in own],
+        "pixels_shape": [None if pixels is None else pixels.shape for pixels in own],
+    }
+    return {name: pa.array(values, PIXELS.field(name).type) for name, values in columns.items()}
 
 
 def open_image(data: bytes, max_pixels: int) -> Image.Image | Reject:
@@ -267,14 +340,22 @@ def _reject(reason: str, detail: str | Exception, caption_index: int | None = No
 # -- captions ------------------------------------------------------------------------------------
 
 
-@lru_cache(maxsize=4)
+@lru_cache(maxsize=16)
 def _tokenizer(spec: EncoderSpec) -> Tokenizer:
     return registry.tokenizer(spec)
 
 
-def _tokens(captions: pa.ChunkedArray, spec: EncoderSpec, rejects: list[list[dict[str, Any]]]) -> pa.Array:
+def embedded_captions(batch: pa.Table) -> list[list[str | None] | None]:
+    """Of each row: translations where there are some, else what it came with."""
+    captions, translations = batch.column("captions").to_pylist(), batch.column("translations").to_pylist()
+    return [
+        [new if new is not None else own for own, new in zip(texts, found, strict=True)] if found else texts
+        for texts, found in zip(captions, translations, strict=True)
+    ]
+
+
+def _tokens(rows: list[list[str | None] | None], spec: EncoderSpec, rejects: list[list[dict[str, Any]]]) -> pa.Array:
     """list<list<int32>> as PIXELS has it; appends what becomes of captions that fail to `rejects`."""
-    rows: list[list[str | None] | None] = captions.to_pylist()
     cells: list[list[NDArray[np.int32] | None] | None] = [None if row is None else [None] * len(row) for row in rows]
     present = [
         (row, index, text)

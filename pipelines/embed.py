@@ -5,51 +5,58 @@ from __future__ import annotations
 import json
 import time
 import uuid
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, ExitStack
 from dataclasses import replace
 from datetime import UTC, datetime
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import ray
 from ray.data import ActorPoolStrategy, DataContext
 
+from pipelines.config import RunConfig
 from pipelines.decode import Decode
 from pipelines.encode import Encode
+from pipelines.encoders.base import Target
 from pipelines.errors import LedgerError
 from pipelines.failures import plain_errors
 from pipelines.lease import Say, held
 from pipelines.ledger import Work, conclude, make_plan, retire, settle, tally
 from pipelines.meter import OnProgress, RemoteObserve, reading, reporting, start_meter
 from pipelines.observe import Observe, Stages, bottleneck
-from pipelines.prepare import Prepared, require_output
+from pipelines.prepare import Prepared, all_actors, require_output
 from pipelines.read import ShardSource
 from pipelines.record import write_record
 from pipelines.storage import Store
+from pipelines.translate import Translate
 from pipelines.write import EmbeddingSink
+
+if TYPE_CHECKING:
+    from pipelines.encoders.marian import TranslationSpec
 
 Report = dict[str, Any]
 
 
 def pipeline(run: Prepared, observe: Observe) -> Any:
-    """A Ray data set of encoded rows: the three operators that make vectors; a fourth, the sink, writes them.
+    """A Ray data set of encoded rows: the operators that make vectors (encode once a pool); the sink writes them.
 
     Decode and encode ask for different resources, else Ray would fuse decoding into the encode actor.
     """
     config, encode = run.config, run.config.encode
     source = ShardSource(run.plan.pending, config.read, Store(options=config.storage), observe)
-    decode = Decode(run.spec, config.decode, run.modalities, observe)
+    rows = ray.data.read_datasource(source, override_num_blocks=len(run.plan.pending))
+    if translation := run.translation:
+        rows = translated(rows, run.config, translation, observe)
+    rows = rows.map_batches(
+        Decode(run.targets, config.decode, observe),
+        batch_format="pyarrow",
+        batch_size=None,
+        memory=config.cluster.memory_per_decode_task_mib * 2**20,
+    )
     on_gpu = {"num_gpus": encode.gpus_per_actor} if encode.gpus_per_actor else {}
-    return (
-        ray.data.read_datasource(source, override_num_blocks=len(run.plan.pending))
-        .map_batches(
-            decode,
-            batch_format="pyarrow",
-            batch_size=None,
-            memory=config.cluster.memory_per_decode_task_mib * 2**20,
-        )
-        .map_batches(
+    for pool in run.pools:
+        rows = rows.map_batches(
             Encode,
-            fn_constructor_args=(run.spec, encode, run.modalities, run.device, observe),
+            fn_constructor_args=(pool, encode, run.device, observe, len(run.pools) > 1),
             compute=ActorPoolStrategy(
                 size=int(encode.actors), max_concurrent_calls_per_actor=2, enable_true_multi_threading=True
             ),
@@ -58,6 +65,20 @@ def pipeline(run: Prepared, observe: Observe) -> Any:
             num_cpus=encode.cpus_per_actor,
             **on_gpu,
         )
+    return rows
+
+
+def translated(rows: Any, config: RunConfig, translation: TranslationSpec, observe: Observe) -> Any:
+    settings = config.translate
+    return rows.map_batches(
+        Translate,
+        fn_constructor_args=(translation, settings.batch_size, "cuda" if settings.gpus_per_actor else "cpu", observe),
+        compute=ActorPoolStrategy(size=settings.actors),
+        batch_format="pyarrow",
+        batch_size=None,
+        num_cpus=1,
+        memory=settings.memory_mib * 2**20,
+        **({"num_gpus": settings.gpus_per_actor} if settings.gpus_per_actor else {}),
     )
 
 
@@ -79,9 +100,11 @@ def embed(
     """
     started = time.monotonic()
     require_output(run.store)
-    with held(run.store, f"embed/{run.folder}", "embed", say=say):
+    with ExitStack() as leases:
+        for folder in sorted(run.folders):
+            leases.enter_context(held(run.store, f"embed/{folder}", "embed", say=say))
         # Another run may have ended since this one was planned.
-        others = run.record.encoders.keys() - {run.folder}
+        others = run.record.encoders.keys() - set(run.folders)
         run = replace(run, plan=make_plan(run.store, run.plan.shards, run.families, others))
         write_record(run.store, run.record)
         settle(run.store, run.plan)
@@ -135,17 +158,14 @@ def configure(run: Prepared) -> None:
 
 
 def make_report(run: Prepared, stages: Stages, seconds: float) -> Report:
-    """Items over the whole ledger of the encoder; stages of this run alone."""
-    counts, reasons, shards = tally(run.store, [run.folder])
-    items = sum(count.items for count in counts.values())
-    rejected = sum(count.rejected for count in counts.values())
+    """Items over the whole ledger of the run's encoders; stages of this run alone."""
+    encoders = {target.folder: _encoder_report(run, target) for target in run.targets}
     encode = run.config.encode
-    spare_cpus = run.cpus - int(encode.actors) * encode.cpus_per_actor
-    workers = {"encode": float(encode.actors), **dict.fromkeys(("read", "decode", "write"), max(1.0, spare_cpus))}
+    actors = all_actors(run.config)
+    spare_cpus = run.cpus - actors * encode.cpus_per_actor
+    workers = {"encode": float(actors), **dict.fromkeys(("read", "decode", "write"), max(1.0, spare_cpus))}
     return {
         "run": f"{datetime.now(UTC):%Y%m%dT%H%M%SZ}-{uuid.uuid4().hex[:8]}",
-        "encoder": run.folder,
-        "fingerprint": run.spec.fingerprint,
         "seconds": round(seconds, 3),
         "shards": {
             "input": len(run.plan.shards),
@@ -153,16 +173,28 @@ def make_report(run: Prepared, stages: Stages, seconds: float) -> Report:
             "done_now": len(run.plan.pending),
             "changed": len(run.plan.changed),
             "vanished": len(run.plan.vanished),
-            "committed": shards,
         },
-        "items": {modality: count.model_dump() for modality, count in counts.items()},
-        "rejects": dict(sorted(reasons.items(), key=lambda item: -item[1])),
-        "reject_rate": rejected / items if items else 0.0,
+        "encoders": encoders,
+        "reject_rate": max(encoder["reject_rate"] for encoder in encoders.values()),
         "reject_ceiling": run.config.write.reject_ceiling,
         "stages": {name: _stage(numbers) for name, numbers in stages.items()},
         "bottleneck": bottleneck(stages, workers),
         "settings": run.record.settings,
-        "versions": run.record.encoders[run.folder].versions,
+    }
+
+
+def _encoder_report(run: Prepared, target: Target) -> Report:
+    counts, reasons, shards = tally(run.store, [target.folder])
+    items = sum(count.items for count in counts.values())
+    rejected = sum(count.rejected for count in counts.values())
+    return {
+        "name": target.spec.name,
+        "fingerprint": target.spec.fingerprint,
+        "committed": shards,
+        "items": {modality: count.model_dump() for modality, count in counts.items()},
+        "rejects": dict(sorted(reasons.items(), key=lambda item: -item[1])),
+        "reject_rate": rejected / items if items else 0.0,
+        "versions": run.record.encoders[target.folder].versions,
     }
 
 

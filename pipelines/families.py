@@ -14,6 +14,7 @@ from pipelines.contracts import (
     SAMPLES_FAMILY,
     SAMPLES_PART,
     Modality,
+    VectorSpec,
     embedding_part,
 )
 from pipelines.ledger import Counts
@@ -54,7 +55,7 @@ class SamplesFamily:
     """`samples/`: one row a sample, whether or not it could be embedded."""
 
     name: str = SAMPLES_FAMILY
-    fingerprint: str = "samples-format-1"
+    fingerprint: str = "samples-format-2"
 
     @property
     def columns(self) -> list[str]:
@@ -75,49 +76,47 @@ class SamplesFamily:
 class EncoderFamily:
     """`embeddings/<name>/<modality>/` and `rejects/<name>/`.
 
-    name: the encoder's folder. dim, dtype: of the vectors.
+    name: the encoder's folder. vectors: of each modality that is written.
     """
 
     name: str
     fingerprint: str
-    modalities: tuple[Modality, ...]
-    dim: int
+    vectors: dict[Modality, VectorSpec]
     dtype: str
 
     @property
     def columns(self) -> list[str]:
-        return ["row", "key", "has_image", "captions", "rejects", "image_vector", "text_vectors"]
+        made = [_COLUMNS[modality] for modality in self.vectors]
+        return ["row", "key", "has_image", "captions", "rejects", *made]
 
     @property
     def schemas(self) -> dict[str, pa.Schema]:
-        embeddings = {self.dataset(modality): self._schema(modality) for modality in self.modalities}
+        embeddings = {self.dataset(modality): self._schema(modality) for modality in self.vectors}
         return {**embeddings, f"rejects/{self.name}": REJECTS_PART}
 
     def dataset(self, modality: Modality) -> str:
         return f"embeddings/{self.name}/{modality}"
 
     def _schema(self, modality: Modality) -> pa.Schema:
-        return embedding_part(modality, self.dim, self.dtype)
+        return embedding_part(modality, self.vectors[modality], self.dtype)
 
     def parts(self, shard: str, rows: pa.Table) -> Tables:
         tables: Tables = {f"rejects/{self.name}": self._rejects(shard, rows)}
-        if "image" in self.modalities:
-            tables[self.dataset("image")] = self._images(shard, rows)
-        if "text" in self.modalities:
-            tables[self.dataset("text")] = self._texts(shard, rows)
+        for modality in self.vectors:
+            columns = self._texts(rows) if modality == "text" else self._rows(rows, modality)
+            tables[self.dataset(modality)] = _as(self._schema(modality), _with_shard(shard, columns))
         return tables
 
-    def _images(self, shard: str, rows: pa.Table) -> pa.Table:
-        embedded = rows.filter(pc.is_valid(rows["image_vector"]))
-        columns = embedded.select(["row", "key"]).append_column("embedding", embedded["image_vector"])
-        return _with_shard(shard, columns).select(self._schema("image").names).cast(self._schema("image"))
+    def _rows(self, rows: pa.Table, modality: Modality) -> pa.Table:
+        name = _COLUMNS[modality]
+        embedded = rows.filter(pc.is_valid(rows[name]))
+        return embedded.select(["row", "key"]).append_column("embedding", embedded[name])
 
-    def _texts(self, shard: str, rows: pa.Table) -> pa.Table:
+    def _texts(self, rows: pa.Table) -> pa.Table:
         captions, parents = _flatten(rows["text_vectors"])
         columns = rows.select(["row", "key"]).take(parents)
         columns = columns.append_column("caption_index", pc.struct_field(captions, "caption_index"))
-        columns = columns.append_column("embedding", pc.struct_field(captions, "vector"))
-        return _with_shard(shard, columns).select(self._schema("text").names).cast(self._schema("text"))
+        return columns.append_column("embedding", pc.struct_field(captions, "vector"))
 
     def _rejects(self, shard: str, rows: pa.Table) -> pa.Table:
         items, parents = _flatten(rows["rejects"])
@@ -127,15 +126,37 @@ class EncoderFamily:
         return _with_shard(shard, columns).select(REJECTS_PART.names).cast(REJECTS_PART)
 
     def counts(self, rows: pa.Table) -> dict[str, Counts]:
-        counted: dict[str, Counts] = {}
-        if "image" in self.modalities:
-            images = pc.sum(rows["has_image"]).as_py() or 0
-            counted["image"] = Counts(items=images, absent=rows.num_rows - images)
-        if "text" in self.modalities:
-            lengths = pc.fill_null(pc.list_value_length(rows["captions"]), 0)
-            without = pc.sum(pc.equal(lengths, 0)).as_py() or 0
-            counted["text"] = Counts(items=pc.sum(lengths).as_py() or 0, absent=without)
-        return counted
+        lengths = pc.fill_null(pc.list_value_length(rows["captions"]), 0)
+        items = {
+            "image": rows["has_image"].cast(pa.int32()),
+            "text": lengths,
+            "multimodal": pc.and_(rows["has_image"], pc.greater(lengths, 0)).cast(pa.int32()),
+        }
+        return {modality: _counts(items[modality]) for modality in self.vectors}
+
+
+_COLUMNS: dict[Modality, str] = {"image": "image_vector", "text": "text_vectors", "multimodal": "multimodal_vector"}
+
+
+def _counts(items: pa.ChunkedArray) -> Counts:
+    """items: how many each row has."""
+    absent = pc.sum(pc.equal(items, 0), min_count=0).as_py()
+    return Counts(items=pc.sum(items, min_count=0).as_py(), absent=absent)
+
+
+def _as(schema: pa.Schema, table: pa.Table) -> pa.Table:
+    """Its columns, with lists of numbers as vectors of the schema's shape."""
+    arrays = [_shaped(table[field.name], field.type) for field in schema]
+    return pa.Table.from_arrays(arrays, schema=schema)
+
+
+def _shaped(column: pa.ChunkedArray, kind: pa.DataType) -> pa.Array:
+    if not pa.types.is_fixed_size_list(kind):
+        return column.cast(kind)
+    flat = column.combine_chunks().flatten()
+    if pa.types.is_fixed_size_list(kind.value_type):
+        flat = pa.FixedSizeListArray.from_arrays(flat, type=kind.value_type)
+    return pa.FixedSizeListArray.from_arrays(flat, type=kind)
 
 
 def _flatten(column: pa.ChunkedArray) -> tuple[pa.Array, pa.Array]:

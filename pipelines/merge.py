@@ -84,12 +84,15 @@ def _outcome(family: Family, modality: str, tables: dict[str, pa.Table]) -> Coun
     return Counts(embedded=tables[f"embeddings/{family.name}/{modality}"].num_rows, rejected=rejected)
 
 
+_WHAT = {"image": "an image", "multimodal": "an image with a caption"}
+
+
 def _require_balance(ref: CommitRef, counts: dict[str, Counts], rows: int) -> None:
     """Each item has one outcome, and each row an image, readable or not, or none."""
     for modality, count in counts.items():
-        if modality == "image" and count.items + count.absent != rows:
+        if modality != "text" and count.items + count.absent != rows:
             raise LedgerError(
-                f"Shard {ref.shard}: of {rows} rows {count.items} have an image and {count.absent} have none",
+                f"Shard {ref.shard}: of {rows} rows {count.items} have {_WHAT[modality]} and {count.absent} have none",
                 "This is a fault of vecmill: nothing was committed for the shard. Please report it.",
             )
         if count.items != count.embedded + count.rejected + count.removed:

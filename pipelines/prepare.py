@@ -4,21 +4,25 @@ from __future__ import annotations
 
 import re
 import uuid
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from math import ceil, inf
-from typing import Any, cast
+from typing import TYPE_CHECKING, Any, cast
 
 from pipelines import sources
 from pipelines.config import EncodeConfig, Precision, RunConfig
 from pipelines.contracts import MODALITIES, SAMPLES_FAMILY, Modality
 from pipelines.encoders import registry
-from pipelines.encoders.base import EncoderSpec
+from pipelines.encoders.base import EncoderSpec, Target
 from pipelines.errors import ConfigError, PreflightError, StorageError
 from pipelines.families import EncoderFamily, Family, SamplesFamily, by_name
 from pipelines.ledger import Plan, make_plan
 from pipelines.record import EncoderRecord, RunRecord, encoder_record, read_record, require_same, require_same_rows
 from pipelines.secrets import masked_values
 from pipelines.storage import Store, protocol_of
+
+if TYPE_CHECKING:
+    from pipelines.encoders.marian import TranslationSpec
 
 
 @dataclass(frozen=True)
@@ -35,68 +39,108 @@ class Cluster:
 
 @dataclass(frozen=True)
 class Prepared:
-    """A run ready to start. config holds no "auto" any more. folder: the encoder's, in `embeddings/`.
-
-    cpus: all that the cluster has.
-    """
+    """A run ready to start. config holds no "auto" any more. cpus: all that the cluster has."""
 
     config: RunConfig
     store: Store
-    spec: EncoderSpec
-    folder: str
-    modalities: tuple[Modality, ...]
+    targets: tuple[Target, ...]
     record: RunRecord
     plan: Plan
     cpus: float
 
     @property
+    def folders(self) -> list[str]:
+        return [target.folder for target in self.targets]
+
+    @property
     def families(self) -> dict[str, Family]:
-        encoder = EncoderFamily(self.folder, self.spec.fingerprint, self.modalities, self.spec.dim, self.spec.dtype)
-        return by_name([SamplesFamily(), encoder])
+        return by_name([SamplesFamily(), *map(encoder_family, self.targets)])
 
     @property
     def device(self) -> str:
         return "cuda" if self.config.encode.gpus_per_actor else "cpu"
+
+    @property
+    def translation(self) -> TranslationSpec | None:
+        """None too where no encoder of the run takes captions."""
+        takes_text = any(not {"text", "multimodal"}.isdisjoint(target.modalities) for target in self.targets)
+        return resolve_translation(self.config) if takes_text else None
+
+    @property
+    def pools(self) -> list[tuple[Target, ...]]:
+        """The encoders that share an actor: all, or one each."""
+        return [self.targets] if self.config.encode.pools == "together" else [(target,) for target in self.targets]
+
+
+def encoder_family(target: Target) -> EncoderFamily:
+    vectors = {modality: target.spec.vectors[modality] for modality in target.modalities}
+    return EncoderFamily(target.folder, target.spec.fingerprint, vectors, target.spec.dtype)
 
 
 def prepare(config: RunConfig, cluster: Cluster) -> Prepared:
     """Reads, and changes nothing. Raises: ConfigError, InputError, PreflightError, EncoderError."""
     store = Store(config.output, config.storage)
     record = read_record(store)
-    known = recorded_encoder(record, config)
-    encode = resolve_encode(config.encode, cluster, known[1] if known else None)
-    spec = resolve_spec(config, encode)
-    folder = known[0] if known else config.name or folder_name(spec)
-    modalities = resolve_modalities(config, spec)
-    if known:
-        require_same(folder, known[1], spec)
-        require_same_modalities(folder, known[1], modalities)
+    known = [recorded_encoder(record, config, at) for at in range(len(config.encoder))]
+    encode = resolve_encode(config.encode, cluster, len(config.encoder), [one for _, one in filter(None, known)])
+    targets = tuple(
+        resolve_target(config, encode, name, alias, found)
+        for name, alias, found in zip(config.encoder, config.aliases, known, strict=True)
+    )
+    require_different(targets)
     settings = masked_values(config.model_dump(mode="json", exclude={"storage"}))
     require_same_rows(record.settings, settings)
     shards, slices = sources.plan_shards(
         config.input, config.format, config.read, Store(options=config.storage), record.slices
     )
+    batch_size = int(encode.batch_size)
+    made = {target.folder: encoder_record(target.spec, target.modalities, batch_size) for target in targets}
     record = record.model_copy(
         update={
             "slices": {**record.slices, **slices},
-            "encoders": {**record.encoders, folder: encoder_record(spec, modalities, int(encode.batch_size))},
+            "encoders": {**record.encoders, **made},
             "settings": settings,
         }
     )
-    config = config.model_copy(update={"encode": encode, "modalities": list(modalities)})
-    plan = make_plan(store, shards, [SAMPLES_FAMILY, folder], record.encoders.keys() - {folder})
-    return Prepared(config, store, spec, folder, modalities, record, plan, cluster.cpus)
+    config = config.model_copy(update={"encode": encode})
+    plan = make_plan(store, shards, [SAMPLES_FAMILY, *made], record.encoders.keys() - made.keys())
+    return Prepared(config, store, targets, record, plan, cluster.cpus)
 
 
-def recorded_encoder(record: RunRecord, config: RunConfig) -> tuple[str, EncoderRecord] | None:
+Known = tuple[str, EncoderRecord]
+
+
+def recorded_encoder(record: RunRecord, config: RunConfig, at: int) -> Known | None:
     """The folder and record of the encoder that this run continues, None where it is new to the output."""
-    if config.name:
-        known = record.encoders.get(config.name)
-        return (config.name, known) if known else None
+    alias = config.aliases[at]
+    if alias:
+        known = record.encoders.get(alias)
+        return (alias, known) if known else None
     for folder, known in record.encoders.items():
-        if known.spec["name"] == config.encoder and folder == folder_name(known.encoder_spec({})):
+        if known.spec["name"] == config.encoder[at] and folder == folder_name(known.encoder_spec({})):
             return folder, known
     return None
+
+
+def resolve_target(
+    config: RunConfig, encode: EncodeConfig, name: str, alias: str | None, known: Known | None
+) -> Target:
+    """Raises: PreflightError where it is not what the output has under its folder."""
+    if known and config.encode.precision == "auto":
+        encode = encode.model_copy(update={"precision": known[1].spec["precision"]})
+    spec = resolve_spec(config, encode, name)
+    folder = known[0] if known else alias or folder_name(spec)
+    modalities = resolve_modalities(config, spec)
+    if known:
+        require_same(folder, known[1], spec)
+        require_same_modalities(folder, known[1], modalities)
+    return Target(folder, spec, modalities)
+
+
+def require_different(targets: Sequence[Target]) -> None:
+    folders = [target.folder for target in targets]
+    if twice := [folder for folder in folders if folders.count(folder) > 1]:
+        raise ConfigError(f"Two encoders would write to embeddings/{twice[0]}", "Name each once.")
 
 
 def folder_name(spec: EncoderSpec) -> str:
@@ -105,27 +149,34 @@ def folder_name(spec: EncoderSpec) -> str:
     return f"{slug[-80:].strip('-.')}-{spec.fingerprint[:8]}"
 
 
-def resolve_encode(encode: EncodeConfig, cluster: Cluster, known: EncoderRecord | None) -> EncodeConfig:
-    """The same settings without "auto": as recorded where this output has a record, else by the cluster."""
+def resolve_encode(
+    encode: EncodeConfig, cluster: Cluster, encoders: int, known: Sequence[EncoderRecord]
+) -> EncodeConfig:
+    """The same settings without "auto": as recorded where this output has a record, else by the cluster.
+
+    Encoders get actors of their own where there are GPUs for each, and take turns in the same ones elsewhere.
+    """
     on_gpu = cluster.gpus > 0 if encode.gpus_per_actor == "auto" else encode.gpus_per_actor > 0
     gpus = (1.0 if on_gpu else 0.0) if encode.gpus_per_actor == "auto" else encode.gpus_per_actor
     chosen: dict[str, Any] = {
         "gpus_per_actor": gpus,
-        "actors": max(1, int(cluster.gpus // gpus)) if on_gpu else 1,
-        "precision": known.spec["precision"] if known else "fp16" if on_gpu else "fp32",
-        "batch_size": known.batch_size if known else 256 if on_gpu else 64,
+        "pools": "each" if encoders > 1 and on_gpu and int(cluster.gpus // gpus) >= encoders else "together",
+        "precision": known[0].spec["precision"] if known else "fp16" if on_gpu else "fp32",
+        "batch_size": known[0].batch_size if known else 256 if on_gpu else 64,
     }
+    pools = encoders if (chosen["pools"] if encode.pools == "auto" else encode.pools) == "each" else 1
+    chosen["actors"] = max(1, int(cluster.gpus // gpus) // pools) if on_gpu else 1
     resolved = {name: value for name, value in chosen.items() if getattr(encode, name) == "auto"}
     encode = encode.model_copy(update=resolved)
     if encode.threads == "auto":
-        actors_per_node = ceil(int(encode.actors) / cluster.nodes)
+        actors_per_node = ceil(int(encode.actors) * pools / cluster.nodes)
         encode = encode.model_copy(update={"threads": max(1, int(cluster.node_cpus) // actors_per_node)})
     return encode
 
 
-def resolve_spec(config: RunConfig, encode: EncodeConfig) -> EncoderSpec:
+def resolve_spec(config: RunConfig, encode: EncodeConfig, name: str) -> EncoderSpec:
     """The encoder as this run uses it: precision, normalisation, storage and transparency included."""
-    spec = registry.describe(config.encoder, config.storage)
+    spec = registry.describe(name, config.storage)
     image = spec.image
     if image and config.decode.alpha != "reference":
         image = replace(image, alpha=config.decode.alpha)
@@ -133,22 +184,43 @@ def resolve_spec(config: RunConfig, encode: EncodeConfig) -> EncoderSpec:
         spec,
         image=image,
         precision=cast(Precision, encode.precision),
-        normalize=encode.normalize,
+        normalize=encode.normalize and spec.normalize,
         dtype=config.write.dtype,
         max_aspect=config.decode.max_aspect,
+        **resolve_text(config, spec),
     )
 
 
+def resolve_text(config: RunConfig, spec: EncoderSpec) -> dict[str, Any]:
+    """What happens to captions before an encoder that takes them."""
+    if not spec.context_length:
+        return {}
+    changed: dict[str, Any] = {"text_clean": config.decode.text_clean}
+    if translation := resolve_translation(config):
+        changed["details"] = {**spec.details, "translation": translation.identity()}
+    return changed
+
+
+def resolve_translation(config: RunConfig) -> TranslationSpec | None:
+    if not config.translate.pair:
+        return None
+    from pipelines.encoders import marian
+
+    return marian.describe(config.translate.pair, config.translate.model, config.storage)
+
+
 def resolve_modalities(config: RunConfig, spec: EncoderSpec) -> tuple[Modality, ...]:
+    """All that the encoder has, of those that are asked for. With several encoders each gives what it can."""
     if config.modalities == "auto":
         return spec.modalities
-    lacking = [modality for modality in config.modalities if modality not in spec.modalities]
-    if lacking or not config.modalities:
+    given = tuple(modality for modality in MODALITIES if modality in config.modalities)
+    has = tuple(modality for modality in given if modality in spec.modalities)
+    if not has or (has != given and len(config.encoder) == 1):
         raise ConfigError(
             f"modalities: {', '.join(config.modalities) or 'none'}: {spec.name} embeds {', '.join(spec.modalities)}",
             "Leave --modalities out for all that the encoder has.",
         )
-    return tuple(modality for modality in MODALITIES if modality in config.modalities)
+    return has
 
 
 def require_same_modalities(folder: str, known: EncoderRecord, modalities: tuple[Modality, ...]) -> None:
@@ -162,7 +234,7 @@ def require_same_modalities(folder: str, known: EncoderRecord, modalities: tuple
 def require_resources(config: RunConfig, cluster: Cluster) -> None:
     """Raises: PreflightError for what would leave the run waiting for ever."""
     encode = config.encode
-    actors = int(encode.actors)
+    actors = all_actors(config)
     gpus = actors * float(encode.gpus_per_actor)
     if gpus > cluster.gpus:
         raise PreflightError(
@@ -187,13 +259,21 @@ def require_resources(config: RunConfig, cluster: Cluster) -> None:
             f"decode task has {config.cluster.memory_per_decode_task_mib:,} MiB",
             f"Set cluster.memory_per_decode_task_mib to {config.decode.peak_mib} or more, or lower decode.max_pixels.",
         )
-    cpus = actors * encode.cpus_per_actor + config.cluster.spare_cpus
+    translators = config.translate.actors if config.translate.pair else 0
+    cpus = actors * encode.cpus_per_actor + translators + config.cluster.spare_cpus
     if cpus > cluster.cpus:
         raise PreflightError(
-            f"{actors} actors of {encode.cpus_per_actor:g} CPUs and {config.cluster.spare_cpus:g} to spare for "
+            f"{actors} actors of {encode.cpus_per_actor:g} CPUs"
+            + (f", {translators} of translation" if translators else "")
+            + f" and {config.cluster.spare_cpus:g} to spare for "
             f"reading, decoding and writing need {cpus:g} CPUs; the cluster has {cluster.cpus:g}",
             "Lower encode.actors or encode.cpus_per_actor, or add CPUs: with fewer the run would hang.",
         )
+
+
+def all_actors(config: RunConfig) -> int:
+    pools = len(config.encoder) if config.encode.pools == "each" else 1
+    return int(config.encode.actors) * pools
 
 
 def require_output(store: Store) -> None:

@@ -12,11 +12,11 @@ import pyarrow as pa
 from pydantic import ConfigDict
 
 from pipelines.config import DecodeConfig, EncodeConfig
-from pipelines.contracts import MODALITIES, SAMPLE, Modality
+from pipelines.contracts import MODALITIES, SAMPLE, Modality, VectorSpec
 from pipelines.decode import decode_batch
 from pipelines.encode import Encode
 from pipelines.encoders import registry
-from pipelines.encoders.base import EncoderSpec
+from pipelines.encoders.base import EncoderSpec, Target
 from pipelines.errors import ConfigError, InputError
 from pipelines.index.parts import Vectors
 from pipelines.record import read_record, require_same
@@ -33,10 +33,22 @@ def query_spec(store: Store, encoder: str) -> EncoderSpec:
     found = registry.describe(made_by.name, store.options)
     if found.image and made_by.image:
         found = replace(found, image=replace(found.image, alpha=made_by.image.alpha))
-    resolved = {name: getattr(made_by, name) for name in ("precision", "normalize", "dtype", "max_aspect")}
+    resolved = {
+        name: getattr(made_by, name) for name in ("precision", "normalize", "dtype", "max_aspect", "text_clean")
+    }
+    if "translation" in made_by.details:
+        # What was searched was translated into the encoder's language, in which the queries are.
+        resolved["details"] = {**found.details, "translation": made_by.details["translation"]}
     found = replace(found, **resolved)
     require_same(encoder, recorded, found)
-    return found
+    return as_query(found)
+
+
+def as_query(spec: EncoderSpec) -> EncoderSpec:
+    """With the prompt of queries, where the encoder has one for them and another for what is searched."""
+    if "query_prompt" not in spec.details:
+        return spec
+    return replace(spec, details={**spec.details, "prompt": spec.details["query_prompt"]})
 
 
 @dataclass(frozen=True)
@@ -50,17 +62,25 @@ class Query:
 
 
 def embed_queries(
-    spec: EncoderSpec, queries: Sequence[Query], text_weight: float = 0.5, device: str = "cpu", batch_size: int = 16
+    spec: EncoderSpec,
+    queries: Sequence[Query],
+    text_weight: float = 0.5,
+    device: str = "cpu",
+    batch_size: int = 16,
+    searched: Modality = "image",
 ) -> Vectors:
-    """float32 [q, dim], by the run's own decode and encode steps.
+    """float32 [q, dim], by the run's own decode and encode steps; [q, count, dim] where they have several vectors.
 
-    Of a query with both, text_weight · text + (1 - text_weight) · image, each of unit length first.
-    fp16 models run in fp32 on a CPU, which has no fast half precision.
-    Raises: InputError for a query that cannot be read, ConfigError for one that the encoder has no tower for.
+    Of a query with both, text_weight · text + (1 - text_weight) · image, each of unit length first; among
+    multimodal vectors, that of the two together. fp16 models run in fp32 on a CPU, which has no fast half precision.
+    searched: the modality that they are to be compared with.
+    Raises: InputError for a query that cannot be read, ConfigError for one that the encoder has no tower for, or
+    whose vector cannot be compared with those searched.
     """
-    asked = {"image": any(query.image for query in queries), "text": any(query.text for query in queries)}
-    modalities = [modality for modality in MODALITIES if asked[modality]]
+    kinds = [_kinds(query, searched) for query in queries]
+    modalities = [modality for modality in MODALITIES if any(modality in kind for kind in kinds)]
     _require_towers(spec, queries, modalities)
+    _require_comparable(spec, kinds, searched)
     _require_unicode(queries)
     if device == "cpu" and spec.precision == "fp16":
         spec = replace(spec, precision="fp32")
@@ -69,8 +89,19 @@ def embed_queries(
     )
     samples = _as_samples(queries, Store(options=spec.options))
     pixels = decode_batch(samples, spec, DecodeConfig(max_aspect=spec.max_aspect), modalities)
-    encoded = Encode(spec, settings, modalities, device)(pixels).to_pylist()
-    return np.stack([_mixed(query, row, text_weight) for query, row in zip(queries, encoded, strict=True)])
+    encoded = Encode([Target("", spec, tuple(modalities))], settings, device)(pixels).to_pylist()
+    vectors = [
+        _vector(query, kind, row, spec, text_weight) for query, kind, row in zip(queries, kinds, encoded, strict=True)
+    ]
+    return np.stack(vectors)
+
+
+def _kinds(query: Query, searched: Modality) -> list[Modality]:
+    """The modalities whose vectors make the query's."""
+    if query.image and query.text and searched == "multimodal":
+        return ["multimodal"]
+    given: list[Modality] = ["image"] if query.image else []
+    return [*given, "text"] if query.text else given
 
 
 def _require_towers(spec: EncoderSpec, queries: Sequence[Query], modalities: Sequence[Modality]) -> None:
@@ -78,6 +109,23 @@ def _require_towers(spec: EncoderSpec, queries: Sequence[Query], modalities: Seq
         raise ConfigError(f"{spec.name} embeds {', '.join(spec.modalities)}, not {lacking[0]}", "Ask with the other.")
     if not all(query.text or query.image for query in queries) or not queries:
         raise ConfigError("A query has neither text nor image", "Give --text, --image or both.")
+
+
+def _require_comparable(spec: EncoderSpec, kinds: Sequence[Sequence[Modality]], searched: Modality) -> None:
+    """Raises: ConfigError where a query's vector is of another space than those that are searched."""
+    if searched not in spec.modalities:
+        raise ConfigError(f"{spec.name} embeds {', '.join(spec.modalities)}, not {searched}", "Search another.")
+    space = spec.vectors[searched].space
+    for kind in kinds:
+        if strangers := [modality for modality in kind if spec.vectors[modality].space != space]:
+            there = [modality for modality in spec.modalities if spec.vectors[modality].space == space]
+            raise ConfigError(
+                f"{spec.name}: {strangers[0]} vectors are of the space {spec.vectors[strangers[0]].space}, {searched} "
+                f"vectors of {space}: they cannot be compared",
+                f"Ask with {' or '.join(there)}" + (" (an image and its caption)." if "multimodal" in there else "."),
+            )
+        if len({spec.vectors[modality].count for modality in kind}) > 1:
+            raise ConfigError("An image and a text of different numbers of vectors cannot be mixed", "Ask with one.")
 
 
 def _require_unicode(queries: Sequence[Query]) -> None:
@@ -111,21 +159,26 @@ def _image_bytes(store: Store, path: str) -> bytes:
         raise InputError(f"The query image {path} cannot be read: {error}", "Check the path.") from None
 
 
-def _mixed(query: Query, row: dict[str, Any], text_weight: float) -> Vectors:
+def _vector(
+    query: Query, kinds: Sequence[Modality], row: dict[str, Any], spec: EncoderSpec, text_weight: float
+) -> Vectors:
     if row["rejects"]:
         reject = row["rejects"][0]
-        what = query.image if reject["modality"] == "image" else query.text
+        what = query.text if reject["modality"] == "text" else query.image
         raise InputError(
             f"The query {what!r} cannot be embedded: {reject['reason']} {reject['detail']}", "Try another."
         )
-    image = np.array(row["image_vector"], np.float32) if query.image else None
-    text = np.array(row["text_vectors"][0]["vector"], np.float32) if query.text else None
-    if image is None or text is None:
-        found: Vectors | None = image if text is None else text
-        assert found is not None
-        return found
-    mixed = text_weight * _unit(text) + (1 - text_weight) * _unit(image)
-    return _unit(mixed)
+    vectors = [_of(row, modality, spec.vectors[modality]) for modality in kinds]
+    if len(vectors) == 1:
+        return vectors[0]
+    image, text = vectors
+    return _unit(text_weight * _unit(text) + (1 - text_weight) * _unit(image))
+
+
+def _of(row: dict[str, Any], modality: Modality, vectors: VectorSpec) -> Vectors:
+    found = row["text_vectors"][0]["vector"] if modality == "text" else row[f"{modality}_vector"]
+    values = np.array(found, np.float32)
+    return values if vectors.count == 1 else values.reshape(vectors.count, vectors.dim)
 
 
 def _unit(vector: Vectors) -> Vectors:

@@ -90,6 +90,7 @@ def _place(work: Work, row: int, end: bool) -> dict[str, Any]:
         "shard_uri": shard.uri,
         "version": shard.version,
         "families": list(work.families),
+        "encoder": None,
         "row": row,
         "end": end,
     }
@@ -104,6 +105,7 @@ def _record(work: Work, row: int, sample: Sample) -> dict[str, Any]:
         **_place(work, row, False),
         "key": sample.key,
         "captions": sample.captions,
+        "translations": None,
         "has_image": sample.has_image,
         "uri": sample.uri,
         "offset": sample.offset,

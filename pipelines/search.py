@@ -12,7 +12,7 @@ from pipelines.contracts import Modality
 from pipelines.errors import ConfigError, InputError
 from pipelines.index.parts import Parts, Vectors, batches, embeddings_folder, list_parts
 from pipelines.index.probe import ask, open_with, probe
-from pipelines.index.recall import Top, exact, merge
+from pipelines.index.recall import Top, exact, exact_of_several, merge
 from pipelines.index.release import Release, latest_or_none, read_release
 from pipelines.index.trace import Origin, trace_standing
 from pipelines.record import FILE, read_record
@@ -69,13 +69,19 @@ class Searcher:
         return list_parts(self.store, embeddings_folder(self.encoder, self.modality), before)
 
     def nearest(self, queries: Vectors, k: int) -> Top:
-        """Ids and scores of the k nearest of each query, float32 [q, dim], best first."""
+        """Ids and scores of the k nearest of each query, float32 [q, dim], best first.
+
+        Where items have several vectors, queries may have too, [q, several, dim].
+        """
         queries = np.ascontiguousarray(queries, np.float32)
-        if queries.ndim != 2 or queries.shape[1] != self.parts.dim:
+        shapes = (2,) if self.parts.count == 1 else (2, 3)
+        if queries.ndim not in shapes or queries.shape[-1] != self.parts.dim:
             raise ConfigError(
                 f"The queries have shape {queries.shape}; embeddings/{self.encoder} has {self.parts.dim} dimensions",
                 "Embed them with the output's own encoder.",
             )
+        if self.parts.count > 1:
+            return exact_of_several(queries, batches(self.store, self.parts), self.parts.count, k)
         if self.exact:
             return exact(queries, batches(self.store, self.parts), k, self.metric)
         return merge((probe_shard(queries, k) for probe_shard in self._probes), k, self.metric)

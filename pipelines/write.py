@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass, field
+from functools import reduce
 from typing import Any
 
 import pyarrow as pa
@@ -56,17 +57,17 @@ class EmbeddingSink(Datasink[None]):
         clock = Clock()
         with clock.running():
             arrived = pa.concat_tables([block for block in blocks if block.num_rows], promote_options="permissive")
-            commits = [done for shard in _shards_of(arrived) for done in self._write_shard(shard)]
+            commits = [done for rows in _by_destination(arrived) for done in self._write_shard(rows)]
         self._observe(
             stage="write",
             rows=arrived.num_rows,
             seconds=clock.seconds,
-            shards=len({done.shard for done in commits}),
+            shards=len({done.ref for done in commits if done.family != SAMPLES_FAMILY}),
             peak_mib=peak_memory_mib(),
         )
 
     def _write_shard(self, rows: pa.Table) -> list[Commit]:
-        """Writes rows of one shard to each family it still lacks; the commits that this made whole."""
+        """Writes rows of one shard to the families that they are for; the commits that this made whole."""
         first = rows.slice(0, 1).select(["shard", "shard_uri", "version", "families"]).to_pylist()[0]
         ends = rows.filter(rows["end"])
         end = ends["row"][0].as_py() if ends.num_rows else None
@@ -145,12 +146,16 @@ def _commit_of_another(store: Store, ref: CommitRef) -> Commit:
     return standing
 
 
-def _shards_of(rows: pa.Table) -> list[pa.Table]:
-    keys = rows.select(["shard", "version"]).group_by(["shard", "version"]).aggregate([]).to_pylist()
-    return [
-        rows.filter(pc.and_(pc.equal(rows["shard"], key["shard"]), pc.equal(rows["version"], key["version"])))
-        for key in keys
-    ]
+def _by_destination(rows: pa.Table) -> list[pa.Table]:
+    """Rows apart by shard and by the families they are for."""
+    keyed = rows.append_column("destination", _joined(rows["families"]))
+    names = ["shard", "version", "destination"]
+    keys = keyed.select(names).group_by(names).aggregate([]).to_pylist()
+    return [rows.filter(reduce(pc.and_, (pc.equal(keyed[name], key[name]) for name in names))) for key in keys]
+
+
+def _joined(families: pa.ChunkedArray) -> pa.ChunkedArray:
+    return pc.binary_join(families.cast(pa.list_(pa.string())), "/")
 
 
 def _distinct(rows: pa.Table) -> pa.Table:

@@ -7,11 +7,11 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
-from pipelines.contracts import encoded_schema
+from pipelines.contracts import VectorSpec, encoded_schema
 from pipelines.families import EncoderFamily, Family, SamplesFamily
 
 DIM = 4
-ENCODER = EncoderFamily("enc-01234567", "f" * 64, ("image", "text"), DIM, "float16")
+ENCODER = EncoderFamily("enc-01234567", "f" * 64, {"image": VectorSpec(DIM), "text": VectorSpec(DIM)}, "float16")
 FAMILIES: dict[str, Family] = {"samples": SamplesFamily(), ENCODER.name: ENCODER}
 
 
@@ -54,7 +54,7 @@ def reject(modality: str, caption_index: int | None, reason: str) -> dict[str, A
 
 
 def encoded_rows(rows: range, end: int | None = None, shard: str = "a-000000000000", version: str = "v1") -> pa.Table:
-    """Schema `encoded_schema(DIM, "float16")`; with the end mark as the last row where `end` is given."""
+    """Schema `encoded_schema("float16")`; with the end mark as the last row where `end` is given."""
     records = [encoded_row(row, shard, version) for row in rows]
     if end is not None:
         mark = {**encoded_row(end, shard, version), "end": True, "captions": [], "rejects": [], "text_vectors": []}
@@ -64,4 +64,4 @@ def encoded_rows(rows: range, end: int | None = None, shard: str = "a-0000000000
             record["image_vector"] = np.array(record["image_vector"], np.float16)
         for text in record["text_vectors"]:
             text["vector"] = np.array(text["vector"], np.float16)
-    return pa.Table.from_pylist(records, encoded_schema(DIM, "float16"))
+    return pa.Table.from_pylist(records, encoded_schema("float16"))

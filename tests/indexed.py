@@ -8,7 +8,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from pipelines.contracts import SAMPLES_PART, Modality, embedding_part
+from pipelines.contracts import SAMPLES_PART, Modality, VectorSpec, embedding_part
 from pipelines.encoders.base import EncoderSpec
 from pipelines.record import EncoderRecord, RunRecord, read_record, write_record
 from pipelines.storage import Store
@@ -55,8 +55,7 @@ def write_run(store: Store, encoder: str, dim: int, dtype: str) -> None:
         name="hf:tiny",
         family="hf",
         reference="tiny",
-        dim=dim,
-        modalities=("image", "text"),
+        vectors={"image": VectorSpec(dim), "text": VectorSpec(dim)},
         image=None,
         context_length=8,
         weights="0" * 64,
@@ -111,7 +110,7 @@ def write_shard(
             "length": [100 + row for row in range(rows)],
             **{
                 name: pa.nulls(rows, SAMPLES_PART.field(name).type)
-                for name in ("row_group", "sha256", "width", "height", "label", "metadata")
+                for name in ("translations", "row_group", "sha256", "width", "height", "label", "metadata")
             },
         },
         schema=SAMPLES_PART,
@@ -144,7 +143,7 @@ def _write(
 ) -> None:
     dim = vectors.shape[1]
     unit = (vectors / np.maximum(np.linalg.norm(vectors, axis=1, keepdims=True), 1e-9)).astype(dtype)
-    schema = embedding_part(modality, dim, dtype)
+    schema = embedding_part(modality, VectorSpec(dim), dtype)
     columns = {
         "shard": pa.array([shard_id(at)] * len(items), pa.string()),
         "row": pa.array([row for row, _ in items], pa.int64()),

@@ -62,11 +62,23 @@ def build_index(
     if latest and not force and is_current(latest, parts, settings, fingerprint):
         progress(f"{latest.folder} is up to date: the same parts and settings (--force builds it again)")
         return latest
+    require_one_vector(parts, encoder, modality)
     plan = make_plan(parts, settings)
     require_room(plan)
     # A name of its own: two builds may run at once, but nothing may be collected under them.
     with held(store, f"index/{encoder}.{modality}.{uuid.uuid4().hex[:12]}", "index", say=progress):
         return _publish(Build(store, encoder, modality, plan, settings), latest, fingerprint, progress)
+
+
+def require_one_vector(parts: Parts, encoder: str, modality: Modality) -> None:
+    """Raises: ConfigError for items of several vectors, which FAISS has no index for."""
+    if parts.count > 1:
+        raise ConfigError(
+            f"embeddings/{encoder}/{modality} has {parts.count} vectors an item, compared by max-similarity: an index "
+            "takes one each",
+            "Search it with --exact, or embed with a pooling of one vector: "
+            "?pool=mean_norm, ?pool=mean_raw or ?pool=first.",
+        )
 
 
 def _publish(build: Build, latest: Release | None, fingerprint: str, progress: Progress) -> Release:

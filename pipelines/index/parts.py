@@ -6,8 +6,9 @@ from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from dataclasses import dataclass
 from itertools import pairwise
-from typing import BinaryIO, NamedTuple
+from typing import BinaryIO
 
 import numpy as np
 import pyarrow as pa
@@ -44,12 +45,13 @@ class PartRange(BaseModel):
 
 
 class Parts(BaseModel):
-    """Parts under `folder`, all or a run of them, in id order. dim: of every vector."""
+    """Parts under `folder`, all or a run of them, in id order. dim: of every vector. count: vectors an item has."""
 
     model_config = ConfigDict(frozen=True)
 
     folder: str
     dim: int
+    count: int = 1
     ranges: tuple[PartRange, ...]
 
     @property
@@ -63,9 +65,11 @@ class Parts(BaseModel):
         return f"{self.folder}/{part.name}"
 
 
-class Footer(NamedTuple):
+@dataclass(frozen=True)
+class Footer:
     rows: int
     dim: int
+    count: int
 
 
 def embeddings_folder(encoder: str, modality: str) -> str:
@@ -92,7 +96,9 @@ def list_parts(store: Store, folder: str, before: Sequence[str] = ()) -> Parts:
         footers = list(pool.map(lambda name: _footer(store, f"{folder}/{name}"), names))
     if not any(footer.rows for footer in footers):
         raise NoVectorsError(f"{store.uri(folder)} holds no vectors", "Run `vecmill embed` first, or `vecmill status`.")
-    return Parts(folder=folder, dim=_one_dim(store, folder, names, footers), ranges=tuple(_ranges(names, footers)))
+    _require_one_shape(store, folder, names, footers)
+    first = footers[0]
+    return Parts(folder=folder, dim=first.dim, count=first.count, ranges=tuple(_ranges(names, footers)))
 
 
 def _require_one_each(store: Store, folder: str, names: list[str]) -> None:
@@ -129,17 +135,19 @@ def open_part(store: Store, path: str) -> Iterator[BinaryIO]:
 
 def _footer(store: Store, path: str) -> Footer:
     with open_part(store, path) as stream, pq.ParquetFile(stream) as file:
-        return Footer(file.metadata.num_rows, file.schema_arrow.field("embedding").type.list_size)
+        kind = file.schema_arrow.field("embedding").type
+        rows = file.metadata.num_rows
+        several = pa.types.is_fixed_size_list(kind.value_type)
+        return Footer(rows, kind.value_type.list_size, kind.list_size) if several else Footer(rows, kind.list_size, 1)
 
 
-def _one_dim(store: Store, folder: str, names: list[str], footers: list[Footer]) -> int:
+def _require_one_shape(store: Store, folder: str, names: list[str], footers: list[Footer]) -> None:
     for name, footer in zip(names, footers, strict=True):
-        if footer.dim != footers[0].dim:
+        if (footer.dim, footer.count) != (footers[0].dim, footers[0].count):
             raise IndexBuildError(
                 f"{store.uri(folder)}/{name} holds vectors of {footer.dim} dimensions, {names[0]} of {footers[0].dim}",
                 "Parts of two encoders do not mix in one index: remove the folder's strangers.",
             )
-    return footers[0].dim
 
 
 def _ranges(names: Iterable[str], footers: Iterable[Footer]) -> Iterator[PartRange]:
@@ -150,20 +158,21 @@ def _ranges(names: Iterable[str], footers: Iterable[Footer]) -> Iterator[PartRan
 
 
 def vectors(column: pa.ChunkedArray | pa.Array, dim: int) -> Vectors:
-    """float32 [n, dim] from a fixed_size_list<half|float>[dim] column."""
+    """float32 [n, dim] from a fixed_size_list<half|float>[dim] column; of several an item, all, one after the other."""
     chunks = column.chunks if isinstance(column, pa.ChunkedArray) else [column]
-    flat = [chunk.flatten().to_numpy(zero_copy_only=False).reshape(-1, dim) for chunk in chunks]
+    flat = [chunk.flatten(recursive=True).to_numpy(zero_copy_only=False).reshape(-1, dim) for chunk in chunks]
     found: Vectors = np.concatenate([np.empty((0, dim), np.float32), *flat]).astype(np.float32, copy=False)
     return found
 
 
 def batches(store: Store, parts: Parts) -> Iterator[tuple[int, Vectors]]:
-    """(id of the first, float32 [n, dim]) for consecutive vectors of the parts, one batch at a time.
+    """(id of the first, float32 [n, dim]) for consecutive vectors of the parts, one batch at a time; of several an
+    item, [n * count, dim].
 
     A batch is at most BATCH_BYTES and never spans parts. Raises: IndexBuildError for a part that
     cannot be read.
     """
-    rows = max(1, BATCH_BYTES // (4 * parts.dim))
+    rows = max(1, BATCH_BYTES // (4 * parts.dim * parts.count))
     for part in parts.ranges:
         first = part.offset
         with open_part(store, parts.path(part)) as stream, pq.ParquetFile(stream, pre_buffer=False) as file:

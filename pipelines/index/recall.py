@@ -56,6 +56,27 @@ def exact(queries: Vectors, batches: Iterable[tuple[int, Vectors]], k: int, metr
     return best
 
 
+def max_similarity(queries: Vectors, first: int, batch: Vectors, count: int, k: int) -> Top:
+    """By brute force among items of `count` vectors each, float32 [n * count, dim].
+
+    queries: [q, dim], or [q, several, dim]. The score is the largest inner product of a query's vector with one of
+    the item's, as BLIP-2 compares (https://arxiv.org/abs/2301.12597), and its mean over the query's vectors.
+    """
+    each = queries.reshape(len(queries), -1, queries.shape[-1])
+    products = each @ batch.T
+    scores = products.reshape(*each.shape[:2], -1, count).max(axis=3).mean(axis=1)
+    best = np.argsort(-scores, axis=1, kind="stable")[:, :k]
+    return Top(best.astype(np.int64) + first, np.take_along_axis(scores, best, axis=1))
+
+
+def exact_of_several(queries: Vectors, batches: Iterable[tuple[int, Vectors]], count: int, k: int) -> Top:
+    """The k of highest `max_similarity`, in one pass over `batches`."""
+    best = empty_top(len(queries))
+    for first, batch in batches:
+        best = merge([best, max_similarity(queries, first, batch, count, k)], k, "ip")
+    return best
+
+
 def without(top: Top, own: Ids) -> Top:
     """`top` less each query's own id (int64 [queries], -1 for none), one neighbour shorter."""
     keep = np.argsort(top.ids == own[:, None], axis=1, kind="stable")[:, : top.ids.shape[1] - 1]

@@ -99,7 +99,10 @@ def _of_part(store: Store, parts: Parts, part: PartRange, ids: list[int]) -> lis
     table = take(store, parts.path(part), positions)
     items = table.drop_columns(["embedding"]).to_pylist()
     samples = samples_of(store, part.name, {item["row"] for item in items})
-    places = zip(ids, positions.tolist(), items, vectors(table["embedding"], parts.dim), strict=True)
+    found = vectors(table["embedding"], parts.dim)
+    if parts.count > 1:
+        found = found.reshape(-1, parts.count, parts.dim)
+    places = zip(ids, positions.tolist(), items, found, strict=True)
     return [
         Origin(
             id=id,

@@ -59,7 +59,7 @@ def run(cluster: Any, recipe: dict[str, Any], kill: str | None) -> dict[str, Any
             ended.set()
     pipelines.embed.pipeline = build
     done = killer.result() if killer else None
-    return {"items": report["items"], "done": done, "nodes": nodes_used(kept[0]._write_ds.stats())}
+    return {"items": report["encoders"]["clip"]["items"], "done": done, "nodes": nodes_used(kept[0]._write_ds.stats())}
 
 
 def kill_node(cluster: Any, store: Store, title: str, ended: threading.Event) -> int:

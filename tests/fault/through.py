@@ -8,9 +8,9 @@ from pathlib import Path
 from typing import Any
 
 from pipelines.config import DecodeConfig, ReadConfig
-from pipelines.contracts import PIXELS, Shard
+from pipelines.contracts import PIXELS, Shard, VectorSpec
 from pipelines.decode import Decode
-from pipelines.encoders.base import EncoderSpec, ImageTransform
+from pipelines.encoders.base import EncoderSpec, ImageTransform, Target
 from pipelines.encoders.clip_bpe import vocabulary
 from pipelines.ledger import Work
 from pipelines.read import read_shard
@@ -25,6 +25,7 @@ TRANSFORM = ImageTransform(
     crop=None,
     resample="bicubic",
     alpha="white",
+    rgb="last",
     library="torchvision",
     mean=(0.0, 0.0, 0.0),
     std=(1.0, 1.0, 1.0),
@@ -34,8 +35,7 @@ SPEC = EncoderSpec(
     name="open_clip:none",
     family="open_clip",
     reference="none",
-    dim=8,
-    modalities=("image", "text"),
+    vectors={"image": VectorSpec(8), "text": VectorSpec(8)},
     image=TRANSFORM,
     context_length=TOKENS,
     weights="",
@@ -56,7 +56,7 @@ def rows_of(
 
 def shard_rows(shard: Shard, settings: ReadConfig, decode: DecodeConfig) -> list[Row]:
     """Raises: AssertionError where the shard does not balance."""
-    stage = Decode(SPEC, decode, ("image", "text"))
+    stage = Decode([Target("clip", SPEC, ("image", "text"))], decode)
     blocks = read_shard(Work(shard, ("samples", "clip")), settings, Store())
     found = [row for block in blocks for part in stage(block) for row in _listed(part)]
     *rows, mark = found

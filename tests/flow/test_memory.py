@@ -50,7 +50,7 @@ def peaks(folder: Path, shards: int, checkpoint: Path) -> dict[str, float]:
     vecmill("embed", write_recipe(folder / f"{shards}.yaml", recipe))
     (path,) = (output / "reports").iterdir()
     report = json.loads(path.read_text())
-    assert report["items"]["image"]["embedded"] == shards * IMAGES_PER_SHARD
+    assert report["encoders"]["clip"]["items"]["image"]["embedded"] == shards * IMAGES_PER_SHARD
     return {stage: numbers["peak_mib"] for stage, numbers in report["stages"].items()}
 
 

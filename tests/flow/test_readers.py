@@ -12,7 +12,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from pipelines.config import WriteConfig
-from pipelines.contracts import encoded_schema
+from pipelines.contracts import VectorSpec, encoded_schema
 from pipelines.families import EncoderFamily, SamplesFamily
 from pipelines.storage import Store
 from pipelines.write import EmbeddingSink
@@ -30,7 +30,7 @@ class Written:
         self.folder, self.dtype = folder, dtype
         families = {
             "samples": SamplesFamily(),
-            ENCODER: EncoderFamily(ENCODER, "f" * 64, ("image", "text"), DIM, dtype),
+            ENCODER: EncoderFamily(ENCODER, "f" * 64, {"image": VectorSpec(DIM), "text": VectorSpec(DIM)}, dtype),
         }
         sink = EmbeddingSink(Store(str(folder)), families, WriteConfig(dtype=dtype, rows_per_row_group=16))
         sink.write([self._rows(shard) for shard in SHARDS], None)
@@ -47,7 +47,7 @@ class Written:
         return pa.Table.from_pylist([{**row, "families": ["samples", ENCODER]} for row in rows], self._schema())
 
     def _schema(self) -> pa.Schema:
-        return encoded_schema(DIM, self.dtype)
+        return encoded_schema(self.dtype)
 
     def path(self, modality: str) -> str:
         return str(self.folder / "embeddings" / ENCODER / modality)

@@ -17,7 +17,7 @@ from pipelines.config import EncodeConfig
 from pipelines.contracts import PIXELS
 from pipelines.encode import Encode
 from pipelines.encoders import registry
-from pipelines.encoders.base import EncoderSpec
+from pipelines.encoders.base import EncoderSpec, Target
 from tests.gpu.checkpoint import captions, pictures, spread
 
 BOUNDS = {"fp32": 1e-3, "fp16": 2e-2, "bf16": 1e-1}
@@ -48,14 +48,23 @@ class Bench:
     def encode(self, precision: str, modalities: Sequence[str] = ("image", "text"), **observed: Any) -> Encode:
         spec = replace(self.spec, precision=precision, dtype="float32")
         settings = EncodeConfig(batch_size=self.batch_size, threads=1)
-        return Encode(spec, settings, modalities, self.device, **observed)
+        return Encode([Target("gpu", spec, tuple(modalities))], settings, self.device, **observed)
 
     def table(self, rows: int, captions_too: bool = True) -> pa.Table:
         """Schema PIXELS: `rows` images, repeated after `images` different ones, with a caption each."""
         side = self.side
         distinct = [picture.tobytes() for picture in pictures(self.images, side)]
-        tokens = registry.tokenizer(self.spec)(captions(self.images)).tolist() if captions_too else None
-        place = {"shard": "gpu", "version": "1", "end": False, "rejects": [], "pixels_shape": [side, side, 3]}
+        tokens = (
+            [ids.tolist() for ids in registry.tokenizer(self.spec)(captions(self.images))] if captions_too else None
+        )
+        place = {
+            "shard": "gpu",
+            "encoder": "gpu",
+            "version": "1",
+            "end": False,
+            "rejects": [],
+            "pixels_shape": [side, side, 3],
+        }
         records = [
             {
                 **place,

@@ -51,7 +51,7 @@ def test_the_least_recipe_leaves_choices_open(tmp_path: Path) -> None:
         ({"write": {"dtype": "float64"}}, ["write.dtype", "'float64'", "'float16' or 'float32'"]),
         ({"write": {"reject_ceiling": 1.5}}, ["write.reject_ceiling", "1.5", "less than or equal to 1"]),
         ({"decode": {"alpha": "black"}}, ["decode.alpha", "'black'", "'reference', 'white' or 'drop'"]),
-        ({"modalities": "image,audio"}, ["modalities", "'audio'", "'image' or 'text'"]),
+        ({"modalities": "image,audio"}, ["modalities", "'audio'", "'image', 'text' or 'multimodal'"]),
         ({"format": "zip"}, ["format", "'zip'", "'tar'", "'manifest'"]),
         ({"name": "a/b"}, ["name", "'a/b'"]),
         ({"name": ".."}, ["name", "'..'"]),
@@ -85,7 +85,7 @@ def test_flags_win_over_the_recipe_key_by_key(tmp_path: Path) -> None:
         path, {"encode.precision": "bf16", "output": "of a flag", "encoder": None, "input": ["a", "b"]}
     )
     assert (config.encode.precision, config.encode.batch_size) == ("bf16", 8)
-    assert (config.output, config.encoder, config.input) == ("of a flag", LEAST["encoder"], ["a", "b"])
+    assert (config.output, config.encoder, config.input) == ("of a flag", [LEAST["encoder"]], ["a", "b"])
 
 
 def test_overrides_make_sections_and_reach_any_depth(tmp_path: Path) -> None:
@@ -95,7 +95,7 @@ def test_overrides_make_sections_and_reach_any_depth(tmp_path: Path) -> None:
 
 
 def test_overrides_alone_are_enough() -> None:
-    assert load_config(None, LEAST).encoder == LEAST["encoder"]
+    assert load_config(None, LEAST).encoder == [LEAST["encoder"]]
 
 
 def test_an_override_of_an_unknown_key_or_into_a_value_is_refused(tmp_path: Path) -> None:

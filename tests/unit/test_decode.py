@@ -21,9 +21,9 @@ from PIL import Image
 from pipelines import decode
 from pipelines.config import DecodeConfig
 from pipelines.contracts import PIXELS, SAMPLE, Reject
-from pipelines.decode import Decode, decode_batch, open_image
+from pipelines.decode import Decode, decode_batch, decode_for, open_image
 from pipelines.encoders import registry
-from pipelines.encoders.base import EncoderSpec
+from pipelines.encoders.base import EncoderSpec, Target
 from pipelines.scenes.damage import png_chunk
 from tests import checkpoints
 from tests.unit.encoders.inputs import encoded, picture, varied, with_orientation
@@ -84,6 +84,7 @@ def test_end_marks_pass_untouched(spec: EncoderSpec) -> None:
     assert {name: row[name] for name in SAMPLE.names if name != "image"} == {
         **{name: mark[name] for name in SAMPLE.names if name != "image"},
         "rejects": [],
+        "encoder": "",
     }
     assert row["pixels"] is None and row["tokens"] is None and row["sha256"] is None
 
@@ -119,11 +120,89 @@ def test_a_modality_not_asked_for(spec: EncoderSpec) -> None:
 def test_decode_pickles_small_and_yields_a_few_rows_at_a_time(spec: EncoderSpec) -> None:
     settings = SETTINGS.model_copy(update={"rows_per_block": 2})
     block = table(*(sample(row, image=encoded(picture(80, 60), "JPEG"), captions=["a dog"]) for row in range(5)))
-    pickled = pickle.dumps(Decode(spec, settings, BOTH))
+    pickled = pickle.dumps(Decode([Target("f", spec, BOTH)], settings))
     assert len(pickled) < 20_000
     blocks = list(pickle.loads(pickled)(block))
     assert [len(part) for part in blocks] == [2, 2, 1]
-    assert pa.concat_tables(blocks).equals(decode_batch(block, spec, SETTINGS, BOTH))
+    whole = decode_batch(block, spec, SETTINGS, BOTH)
+    assert pa.concat_tables(blocks).drop("encoder").equals(whole.drop("encoder"))
+
+
+# -- several encoders ----------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def squashing(tmp_path_factory: pytest.TempPathFactory) -> EncoderSpec:
+    """Another size and another way there than `spec`'s."""
+    folder = tmp_path_factory.mktemp("squashing") / "tiny"
+    vision = {**checkpoints.open_clip_config()["vision_cfg"], "image_size": 32}
+    checkpoints.save_open_clip(folder, preprocess={"resize_mode": "squash"}, vision_cfg=vision)
+    return registry.describe(f"open_clip:local-dir:{folder}")
+
+
+def test_each_encoder_gets_what_it_would_get_alone(spec: EncoderSpec, squashing: EncoderSpec) -> None:
+    rows = [
+        sample(0, image=encoded(picture(80, 60), "JPEG"), captions=["a dog", "two"], families=["samples", "a", "b"]),
+        sample(1, image=b"broken", captions=["a"], families=["samples", "a", "b"]),
+        sample(2, image=encoded(picture(30, 90), "PNG"), captions=["a dog"], families=["b"]),
+        sample(3, end=True, families=["samples", "a", "b"]),
+        sample(4, end=True, families=["b"]),
+    ]
+    targets = [Target("a", spec, ("image",)), Target("b", squashing, BOTH)]
+    first, second = decode_for(table(*rows), targets, SETTINGS)
+    assert first["row"].to_pylist() == [0, 1, 3] and second["row"].to_pylist() == [0, 1, 2, 3, 4]
+    assert first["families"].to_pylist() == [["samples", "a"]] * 3, "the samples go with the first"
+    assert second["families"].to_pylist() == [["b"]] * 5
+    for found, target in ((first, targets[0]), (second, targets[1])):
+        assert set(found["encoder"].to_pylist()) == {target.folder}
+        own = table(*(row for row in rows if target.folder in row["families"]))
+        alone = decode_batch(own, target.spec, SETTINGS, target.modalities)
+        assert found.drop(["encoder", "families"]).equals(alone.drop(["encoder", "families"]))
+
+
+def test_an_image_is_decoded_once_for_all(
+    spec: EncoderSpec, squashing: EncoderSpec, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    opened: list[int] = []
+    real = decode.open_image
+    monkeypatch.setattr(decode, "open_image", lambda data, limit: opened.append(1) or real(data, limit))
+    rows = [sample(0, image=encoded(picture(80, 60), "JPEG"), families=["a", "b"])]
+    decode_for(table(*rows), [Target("a", spec, BOTH), Target("b", squashing, BOTH)], SETTINGS)
+    assert len(opened) == 1
+
+
+def test_a_pair_is_an_image_with_its_first_caption(spec: EncoderSpec) -> None:
+    good = encoded(picture(80, 60), "JPEG")
+    mute = {"modality": "text", "caption_index": 0, "stage": "read", "reason": "not_utf8", "detail": "x"}
+    rows = [
+        sample(0, image=good, captions=["a dog", "two"]),
+        sample(1, image=b"broken", captions=["a dog"]),
+        sample(2, image=good, captions=[None, "two"], rejects=[mute]),
+        sample(3, image=good),
+        sample(4, captions=["a dog"]),
+    ]
+    found = decoded(spec, *rows, modalities=("multimodal",))
+    assert [(row["pixels"] is not None, bool(row["tokens"] and row["tokens"][0])) for row in found] == [
+        (True, True), (False, True), (True, False), (True, False), (False, True),
+    ]  # fmt: skip
+    told = [
+        [(reject["modality"], reject["reason"], reject["caption_index"]) for reject in row["rejects"]] for row in found
+    ]
+    assert told == [[], [("multimodal", "unidentified_image", None)], [("multimodal", "not_utf8", None)], [], []]
+    both = decoded(spec, *rows, modalities=("image", "multimodal"))
+    assert [reject["modality"] for reject in both[1]["rejects"]] == ["image", "multimodal"]
+
+
+def test_translations_are_tokenised_in_place_of_what_they_translate(spec: EncoderSpec) -> None:
+    row = sample(0, captions=["un cane", "x", None], translations=["a dog", None, None])
+    (found,) = decoded(spec, row)
+    tokens = registry.tokenizer(spec)(["a dog", "x"])
+    assert found["tokens"] == [*tokens.tolist(), None] and found["captions"] == row["captions"]
+
+
+def test_captions_are_cleaned_before_they_are_tokenised(spec: EncoderSpec) -> None:
+    (found,) = decoded(replace(spec, text_clean="lavis"), sample(0, captions=['A "Dog"...  runs!']))
+    assert found["tokens"] == registry.tokenizer(spec)(["a dog runs"]).tolist()
 
 
 def test_columns_that_were_widened_or_emptied_on_the_way(spec: EncoderSpec) -> None:

@@ -30,7 +30,7 @@ def test_altered_copies_find_their_originals(folder: Path) -> None:
 
     spec = registry.describe(f"open_clip:local-dir:{folder}")
     model, _, transform = open_clip.create_model_and_transforms(f"local-dir:{folder}")
-    assert spec.dim == 256 and spec.modalities == ("image", "text")
+    assert spec.vectors["image"].dim == 256 and spec.modalities == ("image", "text")
     images = [scene(0, index).image for index in range(SCENES)]
     with torch.inference_mode():
         kept, sought = (

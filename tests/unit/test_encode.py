@@ -10,21 +10,25 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
 from pipelines.config import EncodeConfig
-from pipelines.contracts import PIXELS, REJECT_ITEM, encoded_schema
+from pipelines.contracts import PIXELS, REJECT_ITEM, VectorSpec, encoded_schema
 from pipelines.encode import Encode
 from pipelines.encoders import registry
-from pipelines.encoders.base import Encoder, EncoderSpec, Tokenizer
+from pipelines.encoders.base import Encoder, EncoderSpec, Target, Tokenizer
 from pipelines.encoders.device import OnCpu
 from pipelines.encoders.items import stored
 from pipelines.errors import EncoderError
 from tests.checkpoints import SIDE, save_open_clip
 
 DIM = 24
+BOTH: Any = ("image", "text")
+SETTINGS = EncodeConfig(batch_size=4, threads=1)
+VECTORS = ["image_vector", "text_vectors", "multimodal_vector"]
 FLOAT16_MAX, FLOAT32_MAX = 65504.0, float(np.finfo(np.float32).max)
 WORDS = ("a", "red", "dog", "runs", "over", "the", "green", "field", "towards", "two", "small", "boats")
 
@@ -50,7 +54,9 @@ def encoder(spec: EncoderSpec) -> Encoder:
 
 
 def encode(spec: EncoderSpec, batch_size: int = 4, observe: Any = None, modalities: Any = ("image", "text")) -> Encode:
-    return Encode(spec, EncodeConfig(batch_size=batch_size, threads=1), modalities, "cpu", observe)
+    return Encode(
+        [Target("enc", spec, tuple(modalities))], EncodeConfig(batch_size=batch_size, threads=1), "cpu", observe
+    )
 
 
 def images(count: int) -> list[np.ndarray]:
@@ -79,7 +85,14 @@ def table(spec: EncoderSpec, rows: int = 20, shards: int = 3, chunks: int = 1) -
     tokenizer, pictures = tokenizer_of(spec), images(rows)
     records = [record(row, f"shard-{row % shards}", pictures[row], tokenizer) for row in range(rows)]
     for shard in range(shards):
-        place = {"shard": f"shard-{shard}", "version": "v", "families": ["enc"], "row": rows, "end": True}
+        place = {
+            "shard": f"shard-{shard}",
+            "version": "v",
+            "families": ["enc"],
+            "encoder": "enc",
+            "row": rows,
+            "end": True,
+        }
         records.insert(shard * 5, {**dict.fromkeys(PIXELS.names), **place, "rejects": []})
     cuts = np.array_split(np.arange(len(records)), chunks)
     return pa.concat_tables([pa.Table.from_pylist([records[at] for at in cut], schema=PIXELS) for cut in cuts])
@@ -91,7 +104,15 @@ def record(row: int, shard: str, picture: np.ndarray, tokenizer: Any) -> dict[st
     gone = [reject("text", at) for at, ids in enumerate(tokens) if ids is None]
     return {
         **dict.fromkeys(PIXELS.names),
-        **{"shard": shard, "version": "v", "families": ["enc"], "row": row, "end": False, "key": f"k{row}"},
+        **{
+            "shard": shard,
+            "version": "v",
+            "families": ["enc"],
+            "encoder": "enc",
+            "row": row,
+            "end": False,
+            "key": f"k{row}",
+        },
         **{"captions": texts, "has_image": True, "metadata": "{}", "width": 640, "tokens": tokens},
         "rejects": gone if has_image(row) else [reject("image", None), *gone],
         "pixels": picture.tobytes() if has_image(row) else None,
@@ -143,7 +164,7 @@ def test_vectors_are_those_of_single_items_at_every_batch_size(
 ) -> None:
     before = table(spec)
     result = encode(spec, batch_size)(before)
-    assert result.schema.equals(encoded_schema(DIM, "float32"))
+    assert result.schema.equals(encoded_schema("float32"))
     result.validate(full=True)
     passed_on = [name for name in result.column_names if name in PIXELS.names]
     assert result.select(passed_on).equals(before.select(passed_on))
@@ -170,7 +191,7 @@ def test_a_table_of_several_chunks_and_a_slice_of_one_are_read_right(
 
 def test_half_precision_in_storage_is_the_rounded_vector(spec: EncoderSpec, encoder: Encoder) -> None:
     result = encode(replace(spec, dtype="float16"))(table(spec))
-    assert result.schema.equals(encoded_schema(DIM, "float16"))
+    assert result.schema.equals(encoded_schema("float16"))
     assert_as_naive(result, spec, encoder, atol=5e-4)
 
 
@@ -189,7 +210,7 @@ def test_only_the_modalities_asked_for_are_encoded(spec: EncoderSpec, modality: 
 def test_tables_of_end_marks_alone_or_of_nothing(spec: EncoderSpec, rows: int) -> None:
     marks = table(spec).filter(pa.compute.field("end")).slice(0, rows)
     result = encode(spec)(marks)
-    assert result.schema.equals(encoded_schema(DIM, "float32"))
+    assert result.schema.equals(encoded_schema("float32"))
     assert result.num_rows == rows
     assert result["image_vector"].null_count == rows
     assert result["text_vectors"].to_pylist() == [[]] * rows
@@ -313,10 +334,52 @@ def test_a_rejected_caption_keeps_the_others_in_place(spec: EncoderSpec, encoder
 
 def test_large_finite_values_are_normalised_and_zeros_are_not_finite(spec: EncoderSpec) -> None:
     raw = np.array([[3e38, 3e38], [1e-30, 0], [0, 0], [3, 4]], np.float32)
-    got = stored(raw, spec)
+    got = stored(raw, spec, VectorSpec(2))
     np.testing.assert_allclose(got[[0, 1, 3]], [[2**-0.5, 2**-0.5], [1, 0], [0.6, 0.8]], rtol=1e-6)
     assert not np.isfinite(got[2]).any()
-    assert stored(raw, replace(spec, normalize=False)).tolist() == raw.tolist()
+    assert stored(raw, replace(spec, normalize=False), VectorSpec(2)).tolist() == raw.tolist()
+
+
+# -- several encoders ----------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def wider(tmp_path_factory: pytest.TempPathFactory) -> EncoderSpec:
+    folder = save_open_clip(tmp_path_factory.mktemp("wider") / "tiny", embed_dim=32)
+    return replace(registry.describe(f"open_clip:local-dir:{folder}"), dtype="float32")
+
+
+def named(table: pa.Table, folder: str) -> pa.Table:
+    at = table.schema.get_field_index("encoder")
+    return table.set_column(at, "encoder", pa.array([folder] * table.num_rows, pa.string()))
+
+
+def test_one_actor_serves_rows_of_several_encoders(spec: EncoderSpec, wider: EncoderSpec) -> None:
+    targets = [Target("a", spec, BOTH), Target("b", wider, BOTH)]
+    mixed = pa.concat_tables([named(table(spec, 8), "a"), named(table(wider, 8), "b"), named(table(spec, 4), "a")])
+    found = Encode(targets, SETTINGS, "cpu")(mixed)
+    assert found.schema.equals(encoded_schema("float32"))
+    for folder, one, rows in (("a", spec, [8, 4]), ("b", wider, [8])):
+        own = found.filter(pc.equal(found["encoder"], folder))
+        alone = pa.concat_tables(
+            [Encode([Target(folder, one, BOTH)], SETTINGS, "cpu")(named(table(one, n), folder)) for n in rows]
+        )
+        assert own.drop(VECTORS).equals(alone.drop(VECTORS))
+        np.testing.assert_allclose(
+            own["image_vector"].combine_chunks().flatten(), alone["image_vector"].combine_chunks().flatten(), atol=1e-5
+        )
+
+
+def test_rows_of_encoders_in_other_actors_pass_through(spec: EncoderSpec, wider: EncoderSpec) -> None:
+    mixed = pa.concat_tables([named(table(spec, 6), "a"), named(table(wider, 6), "b")])
+    first = Encode([Target("a", spec, BOTH)], SETTINGS, "cpu", others=True)
+    second = Encode([Target("b", wider, BOTH)], SETTINGS, "cpu", others=True)
+    between = first(mixed)
+    waiting = between.filter(pc.equal(between["encoder"], "b"))
+    assert waiting.select(PIXELS.names).equals(named(table(wider, 6), "b"))
+    together = Encode([Target("a", spec, BOTH), Target("b", wider, BOTH)], SETTINGS, "cpu")(mixed)
+    found = second(between).select(together.column_names).sort_by([("encoder", "ascending"), ("row", "ascending")])
+    assert found.equals(together.sort_by([("encoder", "ascending"), ("row", "ascending")]))
 
 
 # -- a model that is not what its spec says ------------------------------------------------------
@@ -331,7 +394,7 @@ def test_a_model_that_gives_nothing_finite_is_refused(tmp_path: Path) -> None:
 
 def test_vectors_of_another_length_are_refused(spec: EncoderSpec) -> None:
     with pytest.raises(EncoderError, match=r"shape \(4, 24\), not \(4, 25\)"):
-        encode(replace(spec, dim=25))
+        encode(replace(spec, vectors={**spec.vectors, "image": VectorSpec(DIM + 1)}))
 
 
 # -- out of memory -------------------------------------------------------------------------------

@@ -14,16 +14,16 @@ LAYERS = [
     {"storage"},
     {"fragments", "ledger", "lease", "record"},
     {"sources", "encoders", "scenes", "families"},
-    {"prepare", "meter", "failures", "read", "decode", "overlap", "encode", "merge", "write"},
+    {"prepare", "meter", "failures", "read", "translate", "decode", "overlap", "encode", "merge", "write"},
     {"embed"},
     {"index"},
-    {"search", "queries", "collect", "verify"},
+    {"search", "queries", "collect", "verify", "rate", "fit"},
 ]
 # record.py describes an encoder by its spec, which is light; nothing else may reach up.
 ALLOWED_UP = {("record", "encoders")}
 HEAVY = {
     "ray": {"read", "write", "meter", "failures", "embed", "index"},
-    "torch": {"encoders", "encode"},
+    "torch": {"encoders", "encode", "translate", "rate"},
     "faiss": {"index", "search"},
     "autofaiss": {"index"},
 }

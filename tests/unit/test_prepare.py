@@ -66,14 +66,14 @@ def test_without_gpus_one_actor_takes_every_cpu_in_fp32(settings: dict[str, Any]
     run = prepared(settings)
     encode = run.config.encode
     assert (encode.precision, encode.batch_size, encode.actors, encode.gpus_per_actor) == ("fp32", 64, 1, 0)
-    assert encode.threads == 8 and run.device == "cpu" and run.spec.precision == "fp32"
+    assert encode.threads == 8 and run.device == "cpu" and run.targets[0].spec.precision == "fp32"
 
 
 def test_with_gpus_each_has_an_actor_in_fp16(settings: dict[str, Any]) -> None:
     run = prepared(settings, FARM)
     encode = run.config.encode
     assert (encode.precision, encode.batch_size, encode.actors, encode.gpus_per_actor) == ("fp16", 256, 8, 1)
-    assert encode.threads == 8 and run.device == "cuda" and run.spec.precision == "fp16"
+    assert encode.threads == 8 and run.device == "cuda" and run.targets[0].spec.precision == "fp16"
 
 
 @pytest.mark.parametrize(
@@ -101,7 +101,7 @@ def test_a_resumed_run_takes_precision_and_batch_from_the_record(settings: dict[
     resumed = prepared(settings, FARM)
     assert (resumed.config.encode.precision, resumed.config.encode.batch_size) == ("fp32", 64)
     assert resumed.config.encode.actors == 8, "resources are the cluster's of today"
-    assert (resumed.folder, resumed.spec.fingerprint) == (first.folder, first.spec.fingerprint)
+    assert (resumed.folders, resumed.targets[0].spec.fingerprint) == (first.folders, first.targets[0].spec.fingerprint)
 
 
 def test_settings_reach_the_encoder(settings: dict[str, Any]) -> None:
@@ -112,13 +112,13 @@ def test_settings_reach_the_encoder(settings: dict[str, Any]) -> None:
         decode={"max_aspect": 9, "alpha": "white"},
         storage={"s3": {"secret": "hunter2"}},
     )
-    spec = run.spec
+    spec = run.targets[0].spec
     assert (spec.normalize, spec.precision, spec.dtype, spec.max_aspect) == (False, "bf16", "float32", 9)
     assert spec.image and spec.image.alpha == "white"
     assert spec.options == {"s3": {"secret": "hunter2"}} and "hunter2" not in run.record.model_dump_json()
     plain = prepared(settings)
-    assert plain.spec.image and plain.spec.image.alpha == "drop", "as open_clip does"
-    assert plain.spec.fingerprint != spec.fingerprint
+    assert plain.targets[0].spec.image and plain.targets[0].spec.image.alpha == "drop", "as open_clip does"
+    assert plain.targets[0].spec.fingerprint != spec.fingerprint
 
 
 # -- names and modalities ------------------------------------------------------------------------
@@ -126,15 +126,19 @@ def test_settings_reach_the_encoder(settings: dict[str, Any]) -> None:
 
 def test_a_folder_is_named_by_encoder_and_fingerprint_or_by_alias(settings: dict[str, Any]) -> None:
     run = prepared(settings)
-    assert run.folder.endswith(f"-{run.spec.fingerprint[:8]}") and "/" not in run.folder and len(run.folder) < 100
+    assert (
+        run.folders[0].endswith(f"-{run.targets[0].spec.fingerprint[:8]}")
+        and "/" not in run.folders[0]
+        and len(run.folders[0]) < 100
+    )
     named = prepared(settings, name="clip")
-    assert named.folder == "clip" and set(named.families) == {"samples", "clip"}
-    assert prepared(settings, write={"dtype": "float32"}).folder != run.folder
+    assert named.folders[0] == "clip" and set(named.families) == {"samples", "clip"}
+    assert prepared(settings, write={"dtype": "float32"}).folders[0] != run.folders[0]
 
 
 def test_an_alias_keeps_to_its_encoder(settings: dict[str, Any], other_checkpoint: Path) -> None:
     recorded(settings, name="clip")
-    assert prepared(settings, name="clip").folder == "clip"
+    assert prepared(settings, name="clip").folders[0] == "clip"
     other = {**settings, "encoder": f"open_clip:local-dir:{other_checkpoint}"}
     with pytest.raises(PreflightError, match=r"(?s)embeddings/clip was made by another encoder.*weights: .* → "):
         prepared(other, name="clip")
@@ -159,7 +163,7 @@ def test_another_fingerprint_is_refused_with_the_difference(
     with pytest.raises(PreflightError) as refused:
         prepared(settings, **changed)
     assert shown in str(refused.value) and "--name" in str(refused.value) and refused.value.exit_code == 2
-    assert prepared(settings, **changed, name="other").folder == "other"
+    assert prepared(settings, **changed, name="other").folders[0] == "other"
 
 
 def test_a_checkpoint_that_changed_under_its_name_is_refused(
@@ -176,9 +180,9 @@ def test_a_checkpoint_that_changed_under_its_name_is_refused(
 
 
 def test_modalities_are_the_encoders_or_those_asked_for(settings: dict[str, Any]) -> None:
-    assert prepared(settings).modalities == ("image", "text")
-    assert prepared(settings, modalities="text,image").modalities == ("image", "text")
-    assert prepared(settings, modalities=["text"]).modalities == ("text",)
+    assert prepared(settings).targets[0].modalities == ("image", "text")
+    assert prepared(settings, modalities="text,image").targets[0].modalities == ("image", "text")
+    assert prepared(settings, modalities=["text"]).targets[0].modalities == ("text",)
     assert prepared(settings, modalities="image").config.modalities == ["image"]
     with pytest.raises(ConfigError, match="modalities: none"):
         prepared(settings, modalities=[])
@@ -196,7 +200,7 @@ def test_other_modalities_than_the_output_holds_are_refused(settings: dict[str, 
 def test_preparing_plans_every_shard_and_changes_nothing(settings: dict[str, Any]) -> None:
     run = prepared(settings)
     assert len(run.plan.shards) == len(run.plan.pending) == 2 and run.plan.done == 0
-    assert run.plan.pending[0].families == ("samples", run.folder)
+    assert run.plan.pending[0].families == ("samples", run.folders[0])
     assert not Path(settings["output"]).exists()
 
 
@@ -328,3 +332,52 @@ def test_a_store_without_create_if_absent_is_refused(s3_options: dict[str, Any])
         store = Store("s3://bucket/out", {"s3": {**s3_options, "endpoint_url": proxy.url}})
         with pytest.raises(PreflightError, match="does not honour create-if-absent"):
             require_output(store)
+
+
+# -- several encoders ----------------------------------------------------------------------------
+
+
+@pytest.fixture
+def two(settings: dict[str, Any], other_checkpoint: Path) -> dict[str, Any]:
+    return {**settings, "encoder": [settings["encoder"], f"open_clip:local-dir:{other_checkpoint}"]}
+
+
+@pytest.mark.parametrize(
+    ("given", "cluster", "pools", "actors"),
+    [
+        ({}, LAPTOP, 1, 1),
+        ({}, FARM, 2, 4),
+        ({}, replace(FARM, gpus=1), 1, 1),
+        ({"pools": "each"}, LAPTOP, 2, 1),
+        ({"pools": "together"}, FARM, 1, 8),
+    ],
+)
+def test_encoders_share_actors_or_have_their_own(
+    two: dict[str, Any], given: dict[str, Any], cluster: Cluster, pools: int, actors: int
+) -> None:
+    run = prepared(two, cluster, encode=given)
+    assert (len(run.pools), run.config.encode.actors) == (pools, actors)
+    assert [target for pool in run.pools for target in pool] == list(run.targets)
+    require_resources(run.config, cluster)
+
+
+def test_each_has_its_folder_and_its_record(two: dict[str, Any], settings: dict[str, Any]) -> None:
+    run = recorded(two, name=["a", "b"])
+    assert run.folders == ["a", "b"] and set(run.families) == {"samples", "a", "b"}
+    assert run.plan.pending[0].families == ("samples", "a", "b")
+    assert [target.spec.vectors["image"].dim for target in run.targets] == [24, 32]
+    alone = prepared(settings, name="a")
+    assert alone.targets == run.targets[:1] and set(alone.record.encoders) == {"a", "b"}
+
+
+def test_an_encoder_that_lacks_a_modality_gives_what_it_has(two: dict[str, Any]) -> None:
+    assert [target.modalities for target in prepared(two, modalities="image").targets] == [("image",)] * 2
+    with pytest.raises(ConfigError, match="multimodal"):
+        prepared(two, modalities="multimodal")
+
+
+def test_names_that_do_not_fit_the_encoders(two: dict[str, Any], settings: dict[str, Any]) -> None:
+    with pytest.raises(ConfigError, match="as many names as encoders"):
+        prepared(two, name="a")
+    with pytest.raises(ConfigError, match="Two encoders would write to embeddings/"):
+        prepared({**settings, "encoder": [settings["encoder"]] * 2})

@@ -5,6 +5,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from pipelines.contracts import VectorSpec
 from pipelines.encoders import registry
 from pipelines.encoders.base import EncoderSpec
 from pipelines.errors import ConfigError, InputError, PreflightError
@@ -15,7 +16,7 @@ from tests.checkpoints import save_open_clip
 
 
 def spec(*modalities: str) -> EncoderSpec:
-    return EncoderSpec("hf:tiny", "hf", "tiny", 16, modalities, None, 8, "0")  # type: ignore[arg-type]
+    return EncoderSpec("hf:tiny", "hf", "tiny", {name: VectorSpec(16) for name in modalities}, None, 8, "0")  # type: ignore[misc]
 
 
 def test_queries_that_no_tower_can_take() -> None:

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from pipelines.contracts import VectorSpec
 from pipelines.encoders.base import EncoderSpec, ImageTransform
 from pipelines.errors import LedgerError, PreflightError
 from pipelines.record import (
@@ -25,14 +26,14 @@ SPEC = EncoderSpec(
     name="open_clip:ViT-B-32",
     family="open_clip",
     reference="ViT-B-32",
-    dim=24,
-    modalities=("image", "text"),
+    vectors={"image": VectorSpec(24), "text": VectorSpec(24)},
     image=ImageTransform(
         resize="shortest",
         size=(64, 64),
         crop=(64, 64),
         resample="bicubic",
         alpha="drop",
+        rgb="last",
         library="torchvision",
         mean=(0.5, 0.4, 0.3),
         std=(0.2, 0.3, 0.4),

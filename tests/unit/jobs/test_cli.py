@@ -76,7 +76,9 @@ def embedded(output: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """An output of that encoder and its index, with vectors drawn at random."""
     folder = tmp_path_factory.mktemp("embedded")
     record = read_record(Store(str(output)))
-    write_release(folder, parts=2, shards=2, dim=record.encoders["clip"].spec["dim"], encoder="clip")
+    write_release(
+        folder, parts=2, shards=2, dim=record.encoders["clip"].spec["vectors"]["image"]["dim"], encoder="clip"
+    )
     (folder / "run.json").unlink()
     write_record(Store(str(folder)), record)
     return folder
@@ -95,7 +97,7 @@ def assert_refused(said: Said, *told: str) -> None:
 
 
 def test_help_lists_every_verb(vecmill: Vecmill) -> None:
-    assert VERBS == ["collect", "demo", "embed", "index", "plan", "search", "status", "verify"]
+    assert VERBS == ["collect", "demo", "embed", "encoders", "fit", "index", "plan", "search", "status", "verify"]
     said = vecmill("--help")
     assert said.code == 0 and all(re.search(rf"\b{verb}\b", said.out) for verb in VERBS)
     assert vecmill().out.split() == said.out.split()
@@ -122,8 +124,8 @@ def test_help_of_a_verb_has_an_example_of_it(vecmill: Vecmill, verb: str) -> Non
         (["recipe.yaml", "--set", "encode.threads=[1"], ["--set encode.threads: the value is not YAML"]),
         (["recipe.yaml", "--set", "output.a=1"], ["output: 'out' is not allowed"]),
         (["recipe.yaml", "--precision", "int8"], ["encode.precision: 'int8' is not allowed", "'bf16'"]),
-        (["recipe.yaml", "--modalities", "video"], ["modalities", "'video'", "'image' or 'text'"]),
-        (["recipe.yaml", "--name", "a/b"], ["name: 'a/b'"]),
+        (["recipe.yaml", "--modalities", "video"], ["modalities", "'video'", "'image', 'text' or 'multimodal'"]),
+        (["recipe.yaml", "--name", "a/b"], ["name.0: 'a/b'"]),
         (["recipe.yaml", "--output", "nope://x"], ["nope://x cannot be an output", "nope"]),
         (["recipe.yaml", "other.yml"], ["2 recipes were given: recipe.yaml, other.yml"]),
         (["shards", "--encoder", "open_clip:x"], ["output: missing; give it in the recipe or as a flag"]),

@@ -1,0 +1,81 @@
+"""A projection to fewer dimensions, fitted to what an output holds: principal components, whitened on request.
+
+Jégou and Chum, Negative evidences and co-occurrences in image retrieval: the benefit of PCA and whitening, ECCV 2012.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from safetensors.numpy import save
+
+from pipelines.contracts import Modality
+from pipelines.errors import ConfigError
+from pipelines.index.parts import Vectors, embeddings_folder, list_parts, pick
+from pipelines.index.train import read_picked
+from pipelines.record import read_record
+from pipelines.storage import Store
+
+FOLDER = "projections"
+SMALLEST_VARIANCE = 1e-12
+
+
+@dataclass(frozen=True)
+class Fitted:
+    """path: of the file in the output. variance: share of it that is kept. sampled: vectors it was fitted to."""
+
+    path: str
+    variance: float
+    sampled: int
+
+
+def fit(
+    store: Store,
+    encoder: str,
+    dim: int,
+    whiten: bool = False,
+    modalities: Sequence[Modality] | None = None,
+    count: int = 100_000,
+    seed: int = 0,
+) -> Fitted:
+    """Fits a projection to a uniform sample of an encoder's vectors, and puts it under `projections/` of the output.
+
+    All modalities (all that are of one space) have one projection, fitted to as many vectors of each; count: in all.
+    Memory: the sample. Raises: ConfigError.
+    """
+    names = list(modalities or read_record(store).encoders[encoder].modalities)
+    parts = [list_parts(store, embeddings_folder(encoder, modality)) for modality in names]
+    if len({(each.dim, each.count) for each in parts}) > 1:
+        raise ConfigError(f"{', '.join(names)} of {encoder} differ in shape", "Fit one with --modalities.")
+    share = max(1, count // len(parts))
+    sample = np.concatenate([read_picked(store, each, pick(each, share, seed)) for each in parts])
+    mean, components, variance = principal(sample, dim, whiten)
+    data = save({"mean": mean, "components": components})
+    # Another fit has another name: encoders that take this one go on finding it.
+    digest = hashlib.sha256(data).hexdigest()[:8]
+    path = f"{FOLDER}/{encoder}-{'-'.join(names)}-{dim}{'-white' if whiten else ''}-{digest}.safetensors"
+    store.put_atomic(path, data)
+    return Fitted(store.uri(path), variance, len(sample))
+
+
+def principal(sample: Vectors, dim: int, whiten: bool) -> tuple[Vectors, Vectors, float]:
+    """(mean [d], components [d, dim], share of the variance they keep) of float32 [n, d]. Raises: ConfigError."""
+    n, raw = sample.shape
+    if not 0 < dim <= raw or n <= dim:
+        raise ConfigError(
+            f"{dim} dimensions cannot be fitted to {n:,} vectors of {raw}",
+            f"Choose at most {min(raw, n - 1)}, or embed more first.",
+        )
+    mean = sample.mean(0, dtype=np.float64)
+    centred = sample - mean
+    values, vectors = np.linalg.eigh(centred.T @ centred / (n - 1))
+    values, vectors = values[::-1].clip(0), vectors[:, ::-1]
+    # The sign of a component is arbitrary: the same for every sample that gives the same component.
+    kept = vectors[:, :dim] * np.sign(vectors[np.abs(vectors[:, :dim]).argmax(0), range(dim)])
+    if whiten:
+        kept = kept / np.sqrt(values[:dim] + SMALLEST_VARIANCE)
+    share = float(values[:dim].sum() / max(values.sum(), SMALLEST_VARIANCE))
+    return mean.astype(np.float32), np.ascontiguousarray(kept, np.float32), share
