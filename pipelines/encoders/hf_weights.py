@@ -19,7 +19,7 @@ _DERIVED = re.compile(r"\.position_ids$")
 
 
 # A bar on the terminal for each model that is loaded would tear the run's own progress.
-logging.disable_progress_bar()
+logging.disable_progress_bar()  # type: ignore[no-untyped-call]
 
 
 def checkpoint_files(folder: weights.Folder) -> list[str]:

