@@ -211,7 +211,7 @@ def largest(spec: EncoderSpec, modality: Modality) -> Input:
 def noise(spec: EncoderSpec) -> Input:
     """An image of the encoder's size."""
     assert spec.image is not None
-    shape = (*(spec.image.crop or spec.image.size), 3)
+    shape = (*(spec.image.crop or spec.image.size), spec.image.channels)
     return np.random.default_rng(0).integers(0, 256, shape, np.uint8)
 
 

@@ -51,6 +51,11 @@ class ImageTransform:
     patch: int | None = None
     max_patches: int | None = None
 
+    @property
+    def channels(self) -> int:
+        """Bytes of a pixel as it travels."""
+        return 6 if self.library == "tensors" else 3
+
 
 @dataclass(frozen=True)
 class EncoderSpec:
