@@ -44,7 +44,7 @@ def demo(folder: Folder = Path("demo")) -> None:
     with connected(None) as cluster:
         say("3. Embed", "read → decode → encode → write")
         run = prepare(settings(folder), cluster)
-        require_resources(run.config, cluster)
+        require_resources(run, cluster)
         run_embed(run)
         say("4. Index", "autofaiss chooses, recall is measured")
         build(run.store, run.folders[0])

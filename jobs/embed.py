@@ -11,7 +11,7 @@ from jobs.cluster import connected
 from jobs.console import RunProgress, err, out, print_plan, print_report, size
 from pipelines.config import RunConfig
 from pipelines.contracts import VectorSpec
-from pipelines.prepare import Cluster, Prepared, all_actors, prepare, require_resources
+from pipelines.prepare import Cluster, Prepared, all_actors, needed_cpus, prepare, require_resources, translator_gpus
 from pipelines.storage import whole_uri
 
 ABOVE_CEILING = 3
@@ -63,7 +63,7 @@ def embed(
     config = with_whole_output(options.settings_of(what, flags, set))
     with connected(config.cluster.address) as cluster:
         run = prepare(config, cluster)
-        require_resources(run.config, cluster)
+        require_resources(run, cluster)
         if dry_run:
             show_plan(run, cluster)
         else:
@@ -106,7 +106,7 @@ def show_plan(run: Prepared, cluster: Cluster) -> None:
     config, encode, shards = run.config, run.config.encode, run.plan.shards
     pending = [work.shard for work in run.plan.pending]
     actors = all_actors(config)
-    needed_cpus = actors * encode.cpus_per_actor + config.cluster.spare_cpus
+    gpus = actors * float(encode.gpus_per_actor) + (translator_gpus(config) if run.translation else 0)
     facts = {
         "input": ", ".join(config.input),
         "shards": f"{len(shards):,} ({size(sum(shard.bytes for shard in shards))})",
@@ -115,9 +115,8 @@ def show_plan(run: Prepared, cluster: Cluster) -> None:
         "changed": f"{len(run.plan.changed):,} of the pending replace what an older version of the shard gave",
         "vanished": f"{len({ref.shard for ref in run.plan.vanished}):,} shards of the output are not in this input",
         **_encoder_facts(run),
-        "actors": f"{actors} of {encode.gpus_per_actor:g} GPUs and {encode.cpus_per_actor:g} CPUs, "
-        f"batches of {encode.batch_size}",
-        "resources": f"{needed_cpus:g} CPUs and {actors * float(encode.gpus_per_actor):g} GPUs needed, "
+        "actors": f"{actors} of {encode.gpus_per_actor:g} GPUs and {encode.cpus_per_actor:g} CPUs",
+        "resources": f"{needed_cpus(run):g} CPUs and {gpus:g} GPUs needed, "
         f"the cluster has {cluster.cpus:g} and {cluster.gpus:g}",
     }
     facts |= section_lines(config)
@@ -131,7 +130,7 @@ def _encoder_facts(run: Prepared) -> dict[str, str]:
     facts = {}
     for number, target in enumerate(run.targets, 1):
         spec, after = target.spec, f" {number}" if len(run.targets) > 1 else ""
-        facts[f"encoder{after}"] = f"{spec.name}, {spec.precision}"
+        facts[f"encoder{after}"] = f"{spec.name}, {spec.precision}, batches of {target.batch_size}"
         facts[f"vectors{after}"] = ", ".join(
             vectors_told(modality, spec.vectors[modality]) for modality in target.modalities
         )

@@ -36,12 +36,17 @@ def fit(
 
     named = named_output(output)
     folder = choose_encoder(named.store, encoder or named.encoder)
-    fitted = fit_projection(named.store, folder, dim, whiten, _modalities(modalities), sample, seed)
     name = read_record(named.store).encoders[folder].spec["name"]
+    if "projection=" in name:
+        raise ConfigError(f"{name} is projected already", "Fit to what it is without its projection.")
+    fitted = fit_projection(named.store, folder, dim, whiten, _modalities(modalities), sample, seed)
     out.print(f"{fitted.path}: {dim} dimensions keep {fitted.variance:.1%} of the variance", markup=False)
     out.print(f"  fitted to {fitted.sampled:,} vectors of {folder}", markup=False)
-    separator = "&" if "?" in name else "?"
-    out.print(f"  vecmill embed … --encoder '{name}{separator}projection={fitted.path}'", markup=False)
+    out.print(f"  vecmill embed … --encoder '{with_projection(name, fitted.path)}'", markup=False)
+
+
+def with_projection(name: str, path: str) -> str:
+    return f"{name}{'&' if '?' in name else '?'}projection={path}"
 
 
 def _modalities(given: str | None) -> list[Modality] | None:

@@ -27,7 +27,7 @@ from pipelines.ledger import (
 )
 from pipelines.storage import Store, is_temporary
 
-DATA = ("samples", "embeddings", "rejects")
+DATA = ("samples", "embeddings", "translations", "rejects")
 _PART = re.compile(r"part-(?P<stem>[^.]+\.[^.]+\.\d+)\.parquet")
 
 

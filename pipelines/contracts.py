@@ -202,7 +202,6 @@ SAMPLES_PART = pa.schema(
         pa.field("row", pa.int64()),
         pa.field("key", pa.string()),
         pa.field("captions", pa.list_(pa.string())),
-        pa.field("translations", pa.list_(pa.string())),
         pa.field("uri", pa.string()),
         pa.field("offset", pa.int64()),
         pa.field("length", pa.int64()),
@@ -214,6 +213,18 @@ SAMPLES_PART = pa.schema(
         pa.field("metadata", pa.string()),
     ]
 )
+
+TRANSLATIONS_PART = pa.schema(
+    [
+        pa.field("shard", pa.string()),
+        pa.field("row", pa.int64()),
+        pa.field("caption_index", pa.int32()),
+        pa.field("key", pa.string()),
+        pa.field("caption", pa.string()),
+        pa.field("translation", pa.string()),
+    ]
+)
+"""What an encoder embedded in place of captions."""
 
 REJECTS_PART = pa.schema(
     [

@@ -8,8 +8,9 @@ import re
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from functools import lru_cache
+from math import prod
 from typing import Any
 
 import numpy as np
@@ -50,8 +51,9 @@ class Decode:
         for target in self.targets:
             if _wants_text(target):
                 _tokenizer(target.spec)  # once a process, and no part of the stage's rate
-        for start in range(0, block.num_rows, self.settings.rows_per_block):
-            yield from self._decoded(block.slice(start, self.settings.rows_per_block))
+        at_once = rows_at_once(self.targets, self.settings)
+        for start in range(0, block.num_rows, at_once):
+            yield from self._decoded(block.slice(start, at_once))
 
     def _decoded(self, batch: pa.Table) -> list[pa.Table]:
         clock = Clock()
@@ -62,27 +64,37 @@ class Decode:
         return decoded
 
 
+def rows_at_once(targets: Sequence[Target], settings: DecodeConfig) -> int:
+    """As many as settings say, and fewer where the pixels of all encoders would be more than a block's bytes."""
+    images = [target.spec.image for target in targets if _wants_pixels(target)]
+    row_bytes = sum(prod(image.crop or image.size) * image.channels for image in images if image)
+    return max(1, min(settings.rows_per_block, BLOCK_BYTES // max(1, row_bytes)))
+
+
 def decode_for(batch: pa.Table, targets: Sequence[Target], settings: DecodeConfig) -> list[pa.Table]:
     """Rows of schema SAMPLE, in tables of schema PIXELS: those of each encoder for which their shard is pending.
 
     An image is decoded once, and brought to each encoder's size. Families of no encoder (the samples) go with a
-    row's first table.
+    row's first table; of rows that are for these alone, with one of no encoder.
     """
     families: list[list[str]] = batch.column("families").to_pylist()
     folders = [target.folder for target in targets]
-    mine = [[name for name in folders if name in row] or folders[:1] for row in families]
+    mine = [[name for name in folders if name in row] or [NO_ENCODER] for row in families]
     images = _decoded_images(batch, targets, mine, settings)
     tables = []
-    for target in targets:
-        rows = [at for at, names in enumerate(mine) if target.folder in names]
-        if not rows:
-            continue
-        written = [_written(families[at], mine[at], folders, target.folder) for at in rows]
-        part = batch.take(rows).set_column(
-            batch.schema.get_field_index("families"), "families", pa.array(written, pa.list_(pa.string()))
-        )
-        tables.append(_table(part, [images[at] for at in rows], target))
+    for folder in [*folders, NO_ENCODER]:
+        rows = [at for at, names in enumerate(mine) if folder in names]
+        if rows:
+            written = [_written(families[at], mine[at], folders, folder) for at in rows]
+            part = batch.take(rows).set_column(
+                batch.schema.get_field_index("families"), "families", pa.array(written, pa.list_(pa.string()))
+            )
+            target = next((target for target in targets if target.folder == folder), None)
+            tables.append(_table(part, [images[at] for at in rows], target))
     return tables
+
+
+NO_ENCODER = ""
 
 
 def _written(families: list[str], mine: list[str], folders: list[str], folder: str) -> list[str]:
@@ -104,17 +116,19 @@ def decode_batch(
     return _table(batch, images, target)
 
 
-def _table(batch: pa.Table, images: list[Decoded], target: Target) -> pa.Table:
+def _table(batch: pa.Table, images: list[Decoded], target: Target | None) -> pa.Table:
     rejects = batch.column("rejects").to_pylist()
+    modalities = target.modalities if target else ()
     outcomes = [_rejected(before or [], image, target) for before, image in zip(rejects, images, strict=True)]
-    captions = embedded_captions(batch)
-    tokens = _tokens(captions, target.spec, outcomes) if _wants_text(target) else pa.nulls(batch.num_rows)
+    captions = embedded_captions(batch, outcomes)
+    wants_text = target and _wants_text(target)
+    tokens = _tokens(captions, target.spec, outcomes) if target and wants_text else pa.nulls(batch.num_rows)
     for has_image, texts, found in zip(batch.column("has_image").to_pylist(), captions, outcomes, strict=True):
         found.extend(_of_pair(found) if has_image and texts else [])
-    kept = [[reject for reject in found if reject["modality"] in target.modalities] for found in outcomes]
+    kept = [[reject for reject in found if reject["modality"] in modalities] for found in outcomes]
     new = {
         **_image_columns(images, target),
-        "encoder": pa.array([target.folder] * batch.num_rows, pa.string()),
+        "encoder": pa.array([target.folder if target else NO_ENCODER] * batch.num_rows, pa.string()),
         "tokens": tokens,
         "rejects": pa.array(kept, pa.list_(REJECT_ITEM)),
     }
@@ -129,8 +143,8 @@ def _wants_pixels(target: Target) -> bool:
     return not {"image", "multimodal"}.isdisjoint(target.modalities)
 
 
-def _rejected(before: list[dict[str, Any]], image: Decoded, target: Target) -> list[dict[str, Any]]:
-    found = image.rejects.get(_transform(target)) if _wants_pixels(target) else None
+def _rejected(before: list[dict[str, Any]], image: Decoded, target: Target | None) -> list[dict[str, Any]]:
+    found = image.rejects.get(_transform(target)) if target and _wants_pixels(target) else None
     return [*before, asdict(found)] if found else list(before)
 
 
@@ -194,7 +208,7 @@ def _refused_image(rejects: list[dict[str, Any]]) -> bool:
 def _decode(data: bytes, wanted: dict[ImageTransform, EncoderSpec], settings: DecodeConfig) -> Decoded:
     opened = open_image(data, settings.max_pixels)
     if isinstance(opened, Reject):
-        return Decoded(rejects=dict.fromkeys(wanted, opened))
+        return replace(_measured(data, settings), rejects=dict.fromkeys(wanted, opened))
     decoded, handed_over = Decoded(size=upright_size(opened)), [opened]
     del opened
     try:
@@ -217,8 +231,8 @@ def _measured(data: bytes | None, settings: DecodeConfig) -> Decoded:
     return Decoded()
 
 
-def _image_columns(images: list[Decoded], target: Target) -> dict[str, pa.Array]:
-    own = [image.pixels.get(_transform(target)) if _wants_pixels(target) else None for image in images]
+def _image_columns(images: list[Decoded], target: Target | None) -> dict[str, pa.Array]:
+    own = [image.pixels.get(_transform(target)) if target and _wants_pixels(target) else None for image in images]
     sizes = [image.size or (None, None) for image in images]
     columns: dict[str, list[Any]] = {
         "sha256": [image.sha256 for image in images],
@@ -340,18 +354,21 @@ def _reject(reason: str, detail: str | Exception, caption_index: int | None = No
 # -- captions ------------------------------------------------------------------------------------
 
 
-@lru_cache(maxsize=16)
+@lru_cache(maxsize=64)
 def _tokenizer(spec: EncoderSpec) -> Tokenizer:
     return registry.tokenizer(spec)
 
 
-def embedded_captions(batch: pa.Table) -> list[list[str | None] | None]:
-    """Of each row: translations where there are some, else what it came with."""
+def embedded_captions(batch: pa.Table, rejects: list[list[dict[str, Any]]]) -> list[list[str | None] | None]:
+    """Of each row: translations where there are some, else what it came with; None where that was rejected."""
     captions, translations = batch.column("captions").to_pylist(), batch.column("translations").to_pylist()
-    return [
-        [new if new is not None else own for own, new in zip(texts, found, strict=True)] if found else texts
-        for texts, found in zip(captions, translations, strict=True)
-    ]
+    rows = []
+    for texts, translated, refused in zip(captions, translations, rejects, strict=True):
+        gone = {reject["caption_index"] for reject in refused if reject["modality"] == "text"}
+        found = translated or [None] * len(texts or [])
+        embedded = [own if found[at] is None else found[at] for at, own in enumerate(texts or [])]
+        rows.append([None if at in gone else text for at, text in enumerate(embedded)] if texts is not None else None)
+    return rows
 
 
 def _tokens(rows: list[list[str | None] | None], spec: EncoderSpec, rejects: list[list[dict[str, Any]]]) -> pa.Array:

@@ -41,31 +41,35 @@ def pipeline(run: Prepared, observe: Observe) -> Any:
 
     Decode and encode ask for different resources, else Ray would fuse decoding into the encode actor.
     """
-    config, encode = run.config, run.config.encode
+    config = run.config
     source = ShardSource(run.plan.pending, config.read, Store(options=config.storage), observe)
     rows = ray.data.read_datasource(source, override_num_blocks=len(run.plan.pending))
-    if translation := run.translation:
-        rows = translated(rows, run.config, translation, observe)
+    if run.translation and run.pending:
+        rows = translated(rows, config, run.translation, observe)
     rows = rows.map_batches(
-        Decode(run.targets, config.decode, observe),
+        Decode(run.pending, config.decode, observe),
         batch_format="pyarrow",
         batch_size=None,
         memory=config.cluster.memory_per_decode_task_mib * 2**20,
     )
-    on_gpu = {"num_gpus": encode.gpus_per_actor} if encode.gpus_per_actor else {}
     for pool in run.pools:
-        rows = rows.map_batches(
-            Encode,
-            fn_constructor_args=(pool, encode, run.device, observe, len(run.pools) > 1),
-            compute=ActorPoolStrategy(
-                size=int(encode.actors), max_concurrent_calls_per_actor=2, enable_true_multi_threading=True
-            ),
-            batch_format="pyarrow",
-            batch_size=int(encode.batch_size) * BATCHES_PER_CALL,
-            num_cpus=encode.cpus_per_actor,
-            **on_gpu,
-        )
+        rows = encoded(rows, pool, run, observe)
     return rows
+
+
+def encoded(rows: Any, pool: tuple[Target, ...], run: Prepared, observe: Observe) -> Any:
+    encode = run.config.encode
+    return rows.map_batches(
+        Encode,
+        fn_constructor_args=(pool, encode, run.device, observe, len(run.pools) > 1),
+        compute=ActorPoolStrategy(
+            size=int(encode.actors), max_concurrent_calls_per_actor=2, enable_true_multi_threading=True
+        ),
+        batch_format="pyarrow",
+        batch_size=max(target.batch_size for target in pool) * BATCHES_PER_CALL,
+        num_cpus=encode.cpus_per_actor,
+        **({"num_gpus": encode.gpus_per_actor} if encode.gpus_per_actor else {}),
+    )
 
 
 def translated(rows: Any, config: RunConfig, translation: TranslationSpec, observe: Observe) -> Any:

@@ -54,8 +54,8 @@ class Encode:
         self._observe = observe or nowhere
         dtype = targets[0].spec.dtype
         self._schema = passing_schema(dtype) if others else encoded_schema(dtype)
-        limit, turn = int(settings.batch_size), threading.Lock()
-        self._encoders = {target.folder: _Towers(target, limit, torch.device(device), turn) for target in targets}
+        turn = threading.Lock()
+        self._encoders = {target.folder: _Towers(target, torch.device(device), turn) for target in targets}
         self._counting, self._clock = threading.Lock(), SharedClock()
         self._counted = {"out_of_memory": 0, "recomputed": 0}
 
@@ -99,10 +99,10 @@ class Encode:
 class _Towers:
     """One encoder of an actor, loaded and warm."""
 
-    def __init__(self, target: Target, limit: int, device: torch.device, turn: threading.Lock) -> None:
+    def __init__(self, target: Target, device: torch.device, turn: threading.Lock) -> None:
         self._spec = target.spec
         encoder = load(target.spec, device)
-        self.towers = {modality: Tower(encoder, modality, limit, turn) for modality in target.modalities}
+        self.towers = {modality: Tower(encoder, modality, target.batch_size, turn) for modality in target.modalities}
         self._checked: set[Modality] = set()
         for tower in self.towers.values():
             tower.warm_up()
@@ -175,9 +175,11 @@ class Tower:
         return raw
 
     def warm_up(self) -> None:
-        """One full batch of the largest items: allocates what it needs, and finds out whether it fits."""
+        """One full batch of large items: allocates what it needs, and finds out whether it fits. On a CPU, which
+        has nothing to prepare, one item."""
         sample = largest(self._encoder.spec, self._modality)
-        overlapped([sample] * self.size.limit, self.size, self._stages)
+        count = self.size.limit if self._encoder.device.type == "cuda" else 1
+        overlapped([sample] * count, self.size, self._stages)
 
     @property
     def out_of_memory(self) -> int:
@@ -215,6 +217,10 @@ def noise(spec: EncoderSpec) -> Input:
     return np.random.default_rng(0).integers(0, 256, shape, np.uint8)
 
 
+LONG_CAPTION = 512
+"""Words: a model that reads books is not warmed with them."""
+
+
 def longest_caption(spec: EncoderSpec) -> Input:
-    """Tokens of a caption that is cut to the context length."""
-    return next(iter(tokenizer(spec)(["word " * spec.context_length])))
+    """Tokens of a caption that is cut to the context length, or of a long one."""
+    return next(iter(tokenizer(spec)(["word " * min(spec.context_length, LONG_CAPTION)])))

@@ -13,6 +13,7 @@ from pipelines.contracts import (
     REJECTS_PART,
     SAMPLES_FAMILY,
     SAMPLES_PART,
+    TRANSLATIONS_PART,
     Modality,
     VectorSpec,
     embedding_part,
@@ -55,7 +56,7 @@ class SamplesFamily:
     """`samples/`: one row a sample, whether or not it could be embedded."""
 
     name: str = SAMPLES_FAMILY
-    fingerprint: str = "samples-format-2"
+    fingerprint: str = "samples-format-1"
 
     @property
     def columns(self) -> list[str]:
@@ -74,7 +75,7 @@ class SamplesFamily:
 
 @dataclass(frozen=True)
 class EncoderFamily:
-    """`embeddings/<name>/<modality>/` and `rejects/<name>/`.
+    """`embeddings/<name>/<modality>/`, `rejects/<name>/`, and `translations/<name>/` where captions are translated.
 
     name: the encoder's folder. vectors: of each modality that is written.
     """
@@ -83,16 +84,18 @@ class EncoderFamily:
     fingerprint: str
     vectors: dict[Modality, VectorSpec]
     dtype: str
+    translated: bool = False
 
     @property
     def columns(self) -> list[str]:
         made = [_COLUMNS[modality] for modality in self.vectors]
-        return ["row", "key", "has_image", "captions", "rejects", *made]
+        return ["row", "key", "has_image", "captions", "translations", "rejects", *made]
 
     @property
     def schemas(self) -> dict[str, pa.Schema]:
         embeddings = {self.dataset(modality): self._schema(modality) for modality in self.vectors}
-        return {**embeddings, f"rejects/{self.name}": REJECTS_PART}
+        translations = {f"translations/{self.name}": TRANSLATIONS_PART} if self.translated else {}
+        return {**embeddings, **translations, f"rejects/{self.name}": REJECTS_PART}
 
     def dataset(self, modality: Modality) -> str:
         return f"embeddings/{self.name}/{modality}"
@@ -105,7 +108,25 @@ class EncoderFamily:
         for modality in self.vectors:
             columns = self._texts(rows) if modality == "text" else self._rows(rows, modality)
             tables[self.dataset(modality)] = _as(self._schema(modality), _with_shard(shard, columns))
+        if self.translated:
+            tables[f"translations/{self.name}"] = self._translations(shard, rows)
         return tables
+
+    def _translations(self, shard: str, rows: pa.Table) -> pa.Table:
+        found = [
+            {
+                "shard": shard,
+                "row": row["row"],
+                "caption_index": at,
+                "key": row["key"],
+                "caption": own,
+                "translation": new,
+            }
+            for row in rows.select(["row", "key", "captions", "translations"]).to_pylist()
+            for at, (own, new) in enumerate(zip(row["captions"] or [], row["translations"] or [], strict=False))
+            if new is not None
+        ]
+        return pa.Table.from_pylist(found, TRANSLATIONS_PART)
 
     def _rows(self, rows: pa.Table, modality: Modality) -> pa.Table:
         name = _COLUMNS[modality]

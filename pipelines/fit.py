@@ -16,7 +16,7 @@ from pipelines.contracts import Modality
 from pipelines.errors import ConfigError
 from pipelines.index.parts import Vectors, embeddings_folder, list_parts, pick
 from pipelines.index.train import read_picked
-from pipelines.record import read_record
+from pipelines.record import EncoderRecord, read_record
 from pipelines.storage import Store
 
 FOLDER = "projections"
@@ -43,22 +43,44 @@ def fit(
 ) -> Fitted:
     """Fits a projection to a uniform sample of an encoder's vectors, and puts it under `projections/` of the output.
 
-    All modalities (all that are of one space) have one projection, fitted to as many vectors of each; count: in all.
-    Memory: the sample. Raises: ConfigError.
+    modalities: of one space; all that are of the first's, if left out. They have one projection, fitted to as many
+    vectors of each; count: in all. Memory: the sample. Raises: ConfigError.
     """
-    names = list(modalities or read_record(store).encoders[encoder].modalities)
+    names = comparable(read_record(store).encoders[encoder], modalities)
     parts = [list_parts(store, embeddings_folder(encoder, modality)) for modality in names]
-    if len({(each.dim, each.count) for each in parts}) > 1:
-        raise ConfigError(f"{', '.join(names)} of {encoder} differ in shape", "Fit one with --modalities.")
     share = max(1, count // len(parts))
     sample = np.concatenate([read_picked(store, each, pick(each, share, seed)) for each in parts])
-    mean, components, variance = principal(sample, dim, whiten)
-    data = save({"mean": mean, "components": components})
+    mean, components, variance = principal(_unit(sample), dim, whiten)
+    data = save({"mean": mean, "components": components}, {"modalities": ",".join(names)})
     # Another fit has another name: encoders that take this one go on finding it.
     digest = hashlib.sha256(data).hexdigest()[:8]
     path = f"{FOLDER}/{encoder}-{'-'.join(names)}-{dim}{'-white' if whiten else ''}-{digest}.safetensors"
     store.put_atomic(path, data)
     return Fitted(store.uri(path), variance, len(sample))
+
+
+def comparable(record: EncoderRecord, asked: Sequence[Modality] | None) -> list[Modality]:
+    """The modalities that one projection is for. Raises: ConfigError."""
+    vectors = record.encoder_spec({}).vectors
+    if absent := [modality for modality in asked or () if modality not in record.modalities]:
+        raise ConfigError(f"There are no {absent[0]} vectors", f"There are: {', '.join(record.modalities)}.")
+    first = vectors[(asked or record.modalities)[0]]
+    names = list(asked or [modality for modality in record.modalities if vectors[modality].space == first.space])
+    if strangers := [modality for modality in names if vectors[modality] != first]:
+        raise ConfigError(
+            f"{names[0]} vectors are {first.count} of {first.dim} dimensions, of the space {first.space}; those of "
+            f"{strangers[0]} are others",
+            "Fit to one of them with --modalities.",
+        )
+    if first.count > 1:
+        raise ConfigError(f"{names[0]} has {first.count} vectors an item", "A projection is fitted to one of each.")
+    return names
+
+
+def _unit(vectors: Vectors) -> Vectors:
+    """As an encoder's projection takes them, however they are stored."""
+    lengths = np.linalg.norm(vectors, axis=1, keepdims=True)
+    return np.divide(vectors, lengths, out=np.zeros_like(vectors), where=lengths > 0)
 
 
 def principal(sample: Vectors, dim: int, whiten: bool) -> tuple[Vectors, Vectors, float]:

@@ -39,7 +39,10 @@ class Cluster:
 
 @dataclass(frozen=True)
 class Prepared:
-    """A run ready to start. config holds no "auto" any more. cpus: all that the cluster has."""
+    """A run ready to start. config holds no "auto" any more. cpus: all that the cluster has.
+
+    translation: None too where no encoder of the run takes captions.
+    """
 
     config: RunConfig
     store: Store
@@ -47,6 +50,7 @@ class Prepared:
     record: RunRecord
     plan: Plan
     cpus: float
+    translation: TranslationSpec | None = None
 
     @property
     def folders(self) -> list[str]:
@@ -61,31 +65,33 @@ class Prepared:
         return "cuda" if self.config.encode.gpus_per_actor else "cpu"
 
     @property
-    def translation(self) -> TranslationSpec | None:
-        """None too where no encoder of the run takes captions."""
-        takes_text = any(not {"text", "multimodal"}.isdisjoint(target.modalities) for target in self.targets)
-        return resolve_translation(self.config) if takes_text else None
+    def pending(self) -> tuple[Target, ...]:
+        """The encoders that some shard still lacks."""
+        lacking = {family for work in self.plan.pending for family in work.families}
+        return tuple(target for target in self.targets if target.folder in lacking)
 
     @property
     def pools(self) -> list[tuple[Target, ...]]:
-        """The encoders that share an actor: all, or one each."""
-        return [self.targets] if self.config.encode.pools == "together" else [(target,) for target in self.targets]
+        """The pending encoders that share an actor: all, or one each."""
+        together = self.config.encode.pools == "together"
+        return [self.pending] if together and self.pending else [(target,) for target in self.pending]
 
 
 def encoder_family(target: Target) -> EncoderFamily:
     vectors = {modality: target.spec.vectors[modality] for modality in target.modalities}
-    return EncoderFamily(target.folder, target.spec.fingerprint, vectors, target.spec.dtype)
+    translated = "translation" in target.spec.details
+    return EncoderFamily(target.folder, target.spec.fingerprint, vectors, target.spec.dtype, translated)
 
 
 def prepare(config: RunConfig, cluster: Cluster) -> Prepared:
     """Reads, and changes nothing. Raises: ConfigError, InputError, PreflightError, EncoderError."""
     store = Store(config.output, config.storage)
     record = read_record(store)
-    known = [recorded_encoder(record, config, at) for at in range(len(config.encoder))]
-    encode = resolve_encode(config.encode, cluster, len(config.encoder), [one for _, one in filter(None, known)])
+    encode = resolve_encode(config, cluster)
+    translation = resolve_translation(config)
     targets = tuple(
-        resolve_target(config, encode, name, alias, found)
-        for name, alias, found in zip(config.encoder, config.aliases, known, strict=True)
+        resolve_target(config, encode, at, recorded_encoder(record, config, at), translation)
+        for at in range(len(config.encoder))
     )
     require_different(targets)
     settings = masked_values(config.model_dump(mode="json", exclude={"storage"}))
@@ -93,8 +99,7 @@ def prepare(config: RunConfig, cluster: Cluster) -> Prepared:
     shards, slices = sources.plan_shards(
         config.input, config.format, config.read, Store(options=config.storage), record.slices
     )
-    batch_size = int(encode.batch_size)
-    made = {target.folder: encoder_record(target.spec, target.modalities, batch_size) for target in targets}
+    made = {target.folder: encoder_record(target.spec, target.modalities, target.batch_size) for target in targets}
     record = record.model_copy(
         update={
             "slices": {**record.slices, **slices},
@@ -102,9 +107,11 @@ def prepare(config: RunConfig, cluster: Cluster) -> Prepared:
             "settings": settings,
         }
     )
-    config = config.model_copy(update={"encode": encode})
+    config = config.model_copy(update={"encode": encode.model_copy(update=_agreed(targets))})
     plan = make_plan(store, shards, [SAMPLES_FAMILY, *made], record.encoders.keys() - made.keys())
-    return Prepared(config, store, targets, record, plan, cluster.cpus)
+    if not any(takes_captions(target.modalities) for target in targets):
+        translation = None
+    return Prepared(config, store, targets, record, plan, cluster.cpus, translation)
 
 
 Known = tuple[str, EncoderRecord]
@@ -123,18 +130,33 @@ def recorded_encoder(record: RunRecord, config: RunConfig, at: int) -> Known | N
 
 
 def resolve_target(
-    config: RunConfig, encode: EncodeConfig, name: str, alias: str | None, known: Known | None
+    config: RunConfig, encode: EncodeConfig, at: int, known: Known | None, translation: TranslationSpec | None
 ) -> Target:
-    """Raises: PreflightError where it is not what the output has under its folder."""
-    if known and config.encode.precision == "auto":
-        encode = encode.model_copy(update={"precision": known[1].spec["precision"]})
-    spec = resolve_spec(config, encode, name)
-    folder = known[0] if known else alias or folder_name(spec)
+    """Precision and batch size as recorded, where they are left open. Raises: PreflightError where the encoder is not
+    what the output has under its folder."""
+    recorded, given = known[1] if known else None, config.encode
+    if recorded and given.precision == "auto":
+        encode = encode.model_copy(update={"precision": recorded.spec["precision"]})
+    batch_size = recorded.batch_size if recorded and given.batch_size == "auto" else int(encode.batch_size)
+    spec = resolve_spec(config, encode, config.encoder[at])
     modalities = resolve_modalities(config, spec)
-    if known:
-        require_same(folder, known[1], spec)
-        require_same_modalities(folder, known[1], modalities)
-    return Target(folder, spec, modalities)
+    if takes_captions(modalities):
+        spec = resolve_text(config, spec, translation)
+    folder = known[0] if known else config.aliases[at] or folder_name(spec)
+    if recorded:
+        require_same(folder, recorded, spec)
+        require_same_modalities(folder, recorded, modalities)
+    return Target(folder, spec, modalities, batch_size)
+
+
+def _agreed(targets: Sequence[Target]) -> dict[str, Any]:
+    """Settings that are taken from the record, where all encoders were made with the same."""
+    made = {(target.spec.precision, target.batch_size) for target in targets}
+    return dict(zip(("precision", "batch_size"), made.pop(), strict=True)) if len(made) == 1 else {}
+
+
+def takes_captions(modalities: Sequence[Modality]) -> bool:
+    return not {"text", "multimodal"}.isdisjoint(modalities)
 
 
 def require_different(targets: Sequence[Target]) -> None:
@@ -149,29 +171,37 @@ def folder_name(spec: EncoderSpec) -> str:
     return f"{slug[-80:].strip('-.')}-{spec.fingerprint[:8]}"
 
 
-def resolve_encode(
-    encode: EncodeConfig, cluster: Cluster, encoders: int, known: Sequence[EncoderRecord]
-) -> EncodeConfig:
-    """The same settings without "auto": as recorded where this output has a record, else by the cluster.
+def resolve_encode(config: RunConfig, cluster: Cluster) -> EncodeConfig:
+    """The same settings without "auto".
 
     Encoders get actors of their own where there are GPUs for each, and take turns in the same ones elsewhere.
     """
-    on_gpu = cluster.gpus > 0 if encode.gpus_per_actor == "auto" else encode.gpus_per_actor > 0
+    encode, encoders = config.encode, len(config.encoder)
+    free = cluster.gpus - translator_gpus(config)
+    on_gpu = free > 0 if encode.gpus_per_actor == "auto" else encode.gpus_per_actor > 0
     gpus = (1.0 if on_gpu else 0.0) if encode.gpus_per_actor == "auto" else encode.gpus_per_actor
+    room = max(1, int(free // gpus)) if on_gpu else 1
+    pools = encode.pools
+    if pools == "auto":
+        pools = "each" if encoders > 1 and on_gpu and room >= encoders else "together"
+    sharing = encoders if pools == "each" else 1
     chosen: dict[str, Any] = {
         "gpus_per_actor": gpus,
-        "pools": "each" if encoders > 1 and on_gpu and int(cluster.gpus // gpus) >= encoders else "together",
-        "precision": known[0].spec["precision"] if known else "fp16" if on_gpu else "fp32",
-        "batch_size": known[0].batch_size if known else 256 if on_gpu else 64,
+        "pools": pools,
+        "actors": max(1, room // sharing),
+        "precision": "fp16" if on_gpu else "fp32",
+        "batch_size": 256 if on_gpu else 64,
     }
-    pools = encoders if (chosen["pools"] if encode.pools == "auto" else encode.pools) == "each" else 1
-    chosen["actors"] = max(1, int(cluster.gpus // gpus) // pools) if on_gpu else 1
     resolved = {name: value for name, value in chosen.items() if getattr(encode, name) == "auto"}
     encode = encode.model_copy(update=resolved)
     if encode.threads == "auto":
-        actors_per_node = ceil(int(encode.actors) * pools / cluster.nodes)
+        actors_per_node = ceil(int(encode.actors) * sharing / cluster.nodes)
         encode = encode.model_copy(update={"threads": max(1, int(cluster.node_cpus) // actors_per_node)})
     return encode
+
+
+def translator_gpus(config: RunConfig) -> float:
+    return config.translate.actors * config.translate.gpus_per_actor if config.translate.pair else 0.0
 
 
 def resolve_spec(config: RunConfig, encode: EncodeConfig, name: str) -> EncoderSpec:
@@ -187,18 +217,13 @@ def resolve_spec(config: RunConfig, encode: EncodeConfig, name: str) -> EncoderS
         normalize=encode.normalize and spec.normalize,
         dtype=config.write.dtype,
         max_aspect=config.decode.max_aspect,
-        **resolve_text(config, spec),
     )
 
 
-def resolve_text(config: RunConfig, spec: EncoderSpec) -> dict[str, Any]:
-    """What happens to captions before an encoder that takes them."""
-    if not spec.context_length:
-        return {}
-    changed: dict[str, Any] = {"text_clean": config.decode.text_clean}
-    if translation := resolve_translation(config):
-        changed["details"] = {**spec.details, "translation": translation.identity()}
-    return changed
+def resolve_text(config: RunConfig, spec: EncoderSpec, translation: TranslationSpec | None) -> EncoderSpec:
+    """With what happens to captions before an encoder that takes them."""
+    details = {**spec.details, "translation": translation.identity()} if translation else spec.details
+    return replace(spec, text_clean=config.decode.text_clean, details=details)
 
 
 def resolve_translation(config: RunConfig) -> TranslationSpec | None:
@@ -231,14 +256,22 @@ def require_same_modalities(folder: str, known: EncoderRecord, modalities: tuple
         )
 
 
-def require_resources(config: RunConfig, cluster: Cluster) -> None:
+def require_resources(run: Prepared, cluster: Cluster) -> None:
     """Raises: PreflightError for what would leave the run waiting for ever."""
-    encode = config.encode
-    actors = all_actors(config)
-    gpus = actors * float(encode.gpus_per_actor)
+    _require_gpus(run, cluster)
+    _require_memory(run, cluster)
+    _require_cpus(run, cluster)
+
+
+def _require_gpus(run: Prepared, cluster: Cluster) -> None:
+    encode, actors = run.config.encode, all_actors(run.config)
+    translating = translator_gpus(run.config) if run.translation else 0.0
+    gpus = actors * float(encode.gpus_per_actor) + translating
     if gpus > cluster.gpus:
+        others = f" and translation of {translating:g}" if translating else ""
         raise PreflightError(
-            f"{actors} actors of {encode.gpus_per_actor:g} GPUs need {gpus:g}; the cluster has {cluster.gpus:g}",
+            f"{actors} actors of {encode.gpus_per_actor:g} GPUs{others} need {gpus:g}; the cluster has "
+            f"{cluster.gpus:g}",
             "Lower encode.actors or encode.gpus_per_actor (0 runs on CPU), or add GPUs.",
         )
     if float(encode.gpus_per_actor) > cluster.node_gpus or encode.cpus_per_actor > cluster.node_cpus:
@@ -247,26 +280,43 @@ def require_resources(config: RunConfig, cluster: Cluster) -> None:
             f"has {cluster.node_gpus:g} and {cluster.node_cpus:g}",
             "Lower encode.gpus_per_actor or encode.cpus_per_actor.",
         )
-    if config.cluster.memory_per_decode_task_mib > cluster.node_memory_mib:
+
+
+def _require_memory(run: Prepared, cluster: Cluster) -> None:
+    config, task_mib = run.config, run.config.cluster.memory_per_decode_task_mib
+    translating = config.translate.memory_mib * ceil(config.translate.actors / cluster.nodes) if run.translation else 0
+    if task_mib + translating > cluster.node_memory_mib:
+        others = f" beside translation of {translating:,} MiB" if translating else ""
         raise PreflightError(
-            f"A decode task of {config.cluster.memory_per_decode_task_mib:,} MiB fits no node: the largest gives "
+            f"A decode task of {task_mib:,} MiB{others} fits no node: the largest gives "
             f"{cluster.node_memory_mib:,.0f} MiB",
-            "Lower cluster.memory_per_decode_task_mib.",
+            "Lower cluster.memory_per_decode_task_mib" + (" or translate.memory_mib." if translating else "."),
         )
-    if config.decode.peak_mib > config.cluster.memory_per_decode_task_mib:
+    if config.decode.peak_mib > task_mib:
         raise PreflightError(
             f"An image of decode.max_pixels = {config.decode.max_pixels:,} can take {config.decode.peak_mib:,} MiB; a "
-            f"decode task has {config.cluster.memory_per_decode_task_mib:,} MiB",
+            f"decode task has {task_mib:,} MiB",
             f"Set cluster.memory_per_decode_task_mib to {config.decode.peak_mib} or more, or lower decode.max_pixels.",
         )
-    translators = config.translate.actors if config.translate.pair else 0
-    cpus = actors * encode.cpus_per_actor + translators + config.cluster.spare_cpus
+
+
+def needed_cpus(run: Prepared) -> float:
+    encode = run.config.encode
+    return all_actors(run.config) * encode.cpus_per_actor + translators(run) + run.config.cluster.spare_cpus
+
+
+def translators(run: Prepared) -> int:
+    return run.config.translate.actors if run.translation else 0
+
+
+def _require_cpus(run: Prepared, cluster: Cluster) -> None:
+    config, cpus = run.config, needed_cpus(run)
     if cpus > cluster.cpus:
+        translating = f", {translators(run)} of translation" if run.translation else ""
         raise PreflightError(
-            f"{actors} actors of {encode.cpus_per_actor:g} CPUs"
-            + (f", {translators} of translation" if translators else "")
-            + f" and {config.cluster.spare_cpus:g} to spare for "
-            f"reading, decoding and writing need {cpus:g} CPUs; the cluster has {cluster.cpus:g}",
+            f"{all_actors(config)} actors of {config.encode.cpus_per_actor:g} CPUs{translating} and "
+            f"{config.cluster.spare_cpus:g} to spare for reading, decoding and writing need {cpus:g} CPUs; the "
+            f"cluster has {cluster.cpus:g}",
             "Lower encode.actors or encode.cpus_per_actor, or add CPUs: with fewer the run would hang.",
         )
 

@@ -84,12 +84,11 @@ def embed_queries(
     _require_unicode(queries)
     if device == "cpu" and spec.precision == "fp16":
         spec = replace(spec, precision="fp32")
-    settings = EncodeConfig(
-        precision=spec.precision, batch_size=min(batch_size, len(queries)), threads=cpu_count() or 1
-    )
+    settings = EncodeConfig(threads=cpu_count() or 1)
+    target = Target("", spec, tuple(modalities), min(batch_size, len(queries)))
     samples = _as_samples(queries, Store(options=spec.options))
     pixels = decode_batch(samples, spec, DecodeConfig(max_aspect=spec.max_aspect), modalities)
-    encoded = Encode([Target("", spec, tuple(modalities))], settings, device)(pixels).to_pylist()
+    encoded = Encode([target], settings, device)(pixels).to_pylist()
     vectors = [
         _vector(query, kind, row, spec, text_weight) for query, kind, row in zip(queries, kinds, encoded, strict=True)
     ]

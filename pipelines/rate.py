@@ -37,6 +37,7 @@ def parameters_and_rates(spec: EncoderSpec, precision: str) -> tuple[int, dict[M
 
 
 def parameters(encoder: Any) -> int:
+    encoder = getattr(encoder, "inner", encoder)
     modules = [part for part in vars(encoder).values() if isinstance(part, torch.nn.Module)]
     return sum(parameter.numel() for module in modules for parameter in module.parameters())
 

@@ -7,7 +7,7 @@ from dataclasses import asdict, replace
 from importlib.metadata import version
 from typing import Any
 
-from pydantic import BaseModel, TypeAdapter
+from pydantic import BaseModel, TypeAdapter, ValidationError
 
 from pipelines.contracts import Modality
 from pipelines.encoders.base import EncoderSpec
@@ -37,7 +37,13 @@ class EncoderRecord(BaseModel):
     versions: dict[str, str]
 
     def encoder_spec(self, options: dict[str, dict[str, Any]]) -> EncoderSpec:
-        return replace(TypeAdapter(EncoderSpec).validate_python(self.spec), options=options)
+        try:
+            return replace(TypeAdapter(EncoderSpec).validate_python(self.spec), options=options)
+        except ValidationError:
+            raise LedgerError(
+                f"{FILE} describes the encoder {self.spec.get('name')} as another version of vecmill does",
+                "Go on with that version, or start a new output.",
+            ) from None
 
 
 class RunRecord(BaseModel):

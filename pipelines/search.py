@@ -74,13 +74,13 @@ class Searcher:
         Where items have several vectors, queries may have too, [q, several, dim].
         """
         queries = np.ascontiguousarray(queries, np.float32)
-        shapes = (2,) if self.parts.count == 1 else (2, 3)
+        shapes = (2, 3) if self.exact or self.parts.count > 1 else (2,)
         if queries.ndim not in shapes or queries.shape[-1] != self.parts.dim:
             raise ConfigError(
                 f"The queries have shape {queries.shape}; embeddings/{self.encoder} has {self.parts.dim} dimensions",
                 "Embed them with the output's own encoder.",
             )
-        if self.parts.count > 1:
+        if self.parts.count > 1 or queries.ndim == 3:
             return exact_of_several(queries, batches(self.store, self.parts), self.parts.count, k)
         if self.exact:
             return exact(queries, batches(self.store, self.parts), k, self.metric)

@@ -17,6 +17,10 @@ STAGE = "translate"
 REMEMBERED = 100_000
 """Captions whose translation is kept: photos come with the same few words again and again."""
 
+SHORT = 1_000
+"""Letters of a caption that is worth remembering."""
+FAULTS_OF_A_TEXT = (ValueError, TypeError, LookupError, OverflowError)
+
 TranslateAll = Callable[[list[str]], list[str]]
 
 
@@ -48,24 +52,28 @@ class Remembering:
 
     def __init__(self, translate: TranslateAll, size: int = REMEMBERED) -> None:
         self._translate, self._size = translate, size
-        self._known: OrderedDict[str, str | Exception] = OrderedDict()
+        self._known: OrderedDict[str, str] = OrderedDict()
 
     def __call__(self, texts: list[str]) -> list[str | Exception]:
         new = [text for text in dict.fromkeys(texts) if text not in self._known]
-        self._known.update(zip(new, one_by_one(self._translate, new), strict=True))
-        found = [self._known[text] for text in texts]
+        fresh = dict(zip(new, one_by_one(self._translate, new), strict=True))
+        found = [fresh[text] if text in fresh else self._known[text] for text in texts]
+        for text, translation in zip(texts, found, strict=True):
+            if isinstance(translation, str) and len(text) <= SHORT:
+                self._known[text] = translation
+                self._known.move_to_end(text)
         while len(self._known) > self._size:
             self._known.popitem(last=False)
         return found
 
 
 def one_by_one(translate: TranslateAll, texts: list[str]) -> list[str | Exception]:
-    """All at once; one by one where that fails, to know which."""
+    """All at once; one by one where that fails, to know which. A device that fails is no fault of a caption's."""
     if not texts:
         return []
     try:
         return list(translate(texts))
-    except Exception as error:
+    except FAULTS_OF_A_TEXT as error:
         if len(texts) == 1:
             return [error]
         return [found for text in texts for found in one_by_one(translate, [text])]
@@ -81,11 +89,9 @@ def with_translations(table: pa.Table, translate: Callable[[list[str]], list[str
         if isinstance(text, Exception):
             detail = f"{type(text).__name__}: {text}"[:300]
             rejects[row].append(asdict(Reject("text", STAGE, "translation_failed", detail, at)))
-            rows[row][at] = None
         else:
             translations[row][at] = text
     new = {
-        "captions": pa.array(rows, SAMPLE.field("captions").type),
         "translations": pa.array(translations, SAMPLE.field("translations").type),
         "rejects": pa.array(rejects, pa.list_(REJECT_ITEM)),
     }

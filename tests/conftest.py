@@ -9,13 +9,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import pytest
-from hypothesis import HealthCheck, settings
-
-from tests import ceph
-from tests.checkpoints import save_open_clip
-from tests.s3_server import s3_server
-
+# Before torch is imported, which reads how many threads it may have.
 os.environ.update(
     {
         "RAY_USAGE_STATS_ENABLED": "0",
@@ -25,6 +19,13 @@ os.environ.update(
         "RAY_AUTH_MODE": "token",
     }
 )
+
+import pytest
+from hypothesis import HealthCheck, settings
+
+from tests import ceph
+from tests.checkpoints import save_open_clip
+from tests.s3_server import s3_server
 
 # A busy machine is no fault of the code: no deadline, nothing said of slow generation.
 settings.register_profile("busy", deadline=None, suppress_health_check=[HealthCheck.too_slow])

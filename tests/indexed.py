@@ -110,7 +110,7 @@ def write_shard(
             "length": [100 + row for row in range(rows)],
             **{
                 name: pa.nulls(rows, SAMPLES_PART.field(name).type)
-                for name in ("translations", "row_group", "sha256", "width", "height", "label", "metadata")
+                for name in ("row_group", "sha256", "width", "height", "label", "metadata")
             },
         },
         schema=SAMPLES_PART,

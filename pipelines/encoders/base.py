@@ -65,7 +65,8 @@ class EncoderSpec:
     vectors: what those of each modality are. context_length: most tokens of a caption, 0 without a text tower.
     weights: digest of the weights, which the worker verifies when it loads them.
     details: what else decides a value (tokenizer digest, pooling, activation, …), JSON-able.
-    options: file system options, for weights in object storage; no part of the fingerprint.
+    projection: where the map that vectors are projected by lies; details have its digest.
+    options: file system options, for weights in object storage. These two are no part of the fingerprint.
     """
 
     name: str
@@ -81,12 +82,13 @@ class EncoderSpec:
     dtype: Literal["float16", "float32"] = "float16"
     max_aspect: float = 50.0
     text_clean: TextClean = "none"
+    projection: str | None = None
     options: dict[str, dict[str, Any]] = field(default_factory=dict, hash=False, repr=False)
 
     def identity(self) -> dict[str, Any]:
         """Everything that decides a vector's value, as plain JSON; two encoders are the same where it is."""
         fields = asdict(replace(self, options={}))
-        for incidental in ("name", "reference", "options"):
+        for incidental in ("name", "reference", "projection", "options"):
             del fields[incidental]
         return dict(json.loads(json.dumps(fields)))
 
@@ -106,11 +108,12 @@ class EncoderSpec:
 
 @dataclass(frozen=True)
 class Target:
-    """An encoder of a run: its folder in `embeddings/`, and the modalities asked of it."""
+    """An encoder of a run: its folder in `embeddings/`, the modalities asked of it, and items in one forward pass."""
 
     folder: str
     spec: EncoderSpec
     modalities: tuple[Modality, ...]
+    batch_size: int = 64
 
 
 class Tokenizer(Protocol):

@@ -10,7 +10,6 @@ from pipelines.encoders import weights
 from pipelines.encoders.name import EncoderName
 from pipelines.errors import ConfigError
 from pipelines.secrets import carries_credentials
-from pipelines.storage import is_local
 
 VOCABULARY = "beit3.spm"
 _SPM = "?spm="
@@ -67,8 +66,4 @@ def resolve(reference: str, options: dict[str, dict[str, Any]]) -> Source:
 
 
 def _file(uri: str, options: dict[str, dict[str, Any]]) -> File:
-    if "://" in uri and not is_local(uri):
-        parent, _, name = uri.rpartition("/")
-        return File(weights.RemoteFolder(parent, options, only=name), name)
-    path = Path(uri.removeprefix("file://").removeprefix("local://")).expanduser().absolute()
-    return File(weights.LocalFolder(path.parent), path.name)
+    return File(*weights.containing(uri, options))

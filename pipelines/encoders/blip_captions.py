@@ -5,8 +5,6 @@ Imported by decode workers, so nothing here imports torch.
 
 from __future__ import annotations
 
-import re
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -17,7 +15,6 @@ from pipelines.encoders.base import EncoderSpec, Tokenizer
 from pipelines.encoders.hf_text import from_files, library_tokenizer
 from pipelines.encoders.name import EncoderName
 from pipelines.errors import EncoderError
-from pipelines.storage import is_local
 
 VOCABULARY = "bert-base-uncased"
 FILE_SUFFIXES = (".pth", ".pt")
@@ -58,7 +55,7 @@ def tokens_at(reference: str, special: tuple[str, ...], storage: Storage, name: 
 def pinned_vocabulary(reference: str, storage: Storage) -> str:
     """`reference` as it leads to the same vocabulary from any node."""
     if reference.endswith(".txt"):
-        folder, name = containing(reference, storage)
+        folder, name = weights.containing(reference, storage)
         return f"{folder.reference}/{name}"
     return weights.folder(reference, storage).reference
 
@@ -68,20 +65,9 @@ def _vocabulary(reference: str, storage: Storage) -> Any:
     from transformers import BertTokenizer
 
     if reference.endswith(".txt"):
-        folder, name = containing(reference, storage)
+        folder, name = weights.containing(reference, storage)
         return BertTokenizer(vocab=str(folder.fetch([name]) / name))
     folder = weights.folder(reference, storage)
     if not (files := [name for name in folder.names() if name in _TOKENIZER_FILES]):
         raise EncoderError(f"{folder.reference} holds no tokenizer.", f"Name one that has {_TOKENIZER_FILES[2]}.")
     return from_files(BertTokenizer, folder.fetch(files), folder.reference)
-
-
-def containing(file: str, storage: Storage) -> tuple[weights.Folder, str]:
-    """The folder of a file, wherever it lies, and the file's name there. Raises: EncoderError where it is missing."""
-    if "://" in file and not is_local(file):
-        parent, _, name = file.rpartition("/")
-        return weights.RemoteFolder(parent, storage, only=name), name
-    path = Path(re.sub(r"^(file|local)://", "", file)).expanduser().absolute()
-    folder = weights.LocalFolder(path.parent)
-    folder.fetch([path.name])
-    return folder, path.name

@@ -19,7 +19,7 @@ import torch
 from pipelines.encoders import weights
 from pipelines.encoders.base import EncoderSpec, ImageTransform
 from pipelines.encoders.batch import DTYPES
-from pipelines.encoders.blip_captions import Storage, containing
+from pipelines.encoders.blip_captions import Storage
 from pipelines.encoders.hf_weights import load_strictly
 from pipelines.encoders.name import EncoderName
 from pipelines.errors import ConfigError, EncoderError
@@ -74,7 +74,7 @@ class Pth:
 
 def pth(reference: str, storage: Storage) -> Pth:
     """Raises: EncoderError where there is no such file."""
-    return Pth(*containing(reference, storage), storage)
+    return Pth(*weights.containing(reference, storage), storage)
 
 
 def _tensors(source: Any, told: str = "", **how: Any) -> State:

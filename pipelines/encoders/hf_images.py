@@ -5,6 +5,7 @@ DINOv3's has none. It resizes tensors of floats, which PIL does as well, to a te
 
 from __future__ import annotations
 
+from math import isqrt
 from pathlib import Path
 from typing import Any, Literal
 
@@ -81,7 +82,7 @@ def _resample(processor: Any, name: str) -> str:
 
 def _geometry(processor: Any, name: str) -> _Geometry:
     if hasattr(processor, "max_num_patches"):
-        side = int(processor.patch_size * processor.max_num_patches**0.5)
+        side = int(processor.patch_size) * isqrt(int(processor.max_num_patches))
         return "patches", (side, side), None
     size, crop = processor.size, processor.crop_size if getattr(processor, "do_center_crop", False) else None
     cropped = (int(crop.height), int(crop.width)) if crop else None

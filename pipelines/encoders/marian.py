@@ -21,7 +21,7 @@ CLASS = "MarianMTModel"
 
 @dataclass(frozen=True)
 class TranslationSpec:
-    """A model and what it translates. pair: as `it:en`. weights: digest of them and of the vocabularies.
+    """A model and what it translates. pair: as `it:en`. weights: digest of all files that decide a translation.
 
     options: file system options; no part of what decides a translation.
     """
@@ -45,16 +45,18 @@ def describe(pair: str, model: str | None, options: dict[str, dict[str, Any]]) -
         raise EncoderError(
             f"{folder.reference} is no {CLASS}: it does not translate.", "Name one: --set translate.model=…"
         )
-    digest = folder.digest([*checkpoint_files(folder), *vocabularies(names)])
-    return TranslationSpec(pair, folder.reference, digest, options)
+    return TranslationSpec(pair, folder.reference, folder.digest(deciding(folder)), options)
 
 
 def default_model(pair: str) -> str:
     return f"Helsinki-NLP/opus-mt-{pair.replace(':', '-')}"
 
 
-def vocabularies(names: list[str]) -> list[str]:
-    return sorted(name for name in names if name == "vocab.json" or name.endswith(".spm"))
+def deciding(folder: weights.Folder) -> list[str]:
+    """Files that decide a translation: weights, vocabularies, and how beams are searched."""
+    names = folder.names()
+    vocabularies = [name for name in names if name.endswith(".spm")]
+    return sorted({*checkpoint_files(folder), *vocabularies, *weights.small(names)})
 
 
 class Translator:
@@ -62,10 +64,8 @@ class Translator:
 
     def __init__(self, spec: TranslationSpec, device: torch.device, batch_size: int) -> None:
         folder = weights.folder(spec.reference, spec.options)
-        names = folder.names()
-        checkpoint = [*checkpoint_files(folder), *vocabularies(names)]
-        files = [*checkpoint, *weights.small(names)]
-        path = weights.fetch_verified(folder, files, checkpoint, spec.weights)
+        files = deciding(folder)
+        path = weights.fetch_verified(folder, files, files, spec.weights)
         self._tokens = from_files(transformers.MarianTokenizer, path, spec.reference)
         model = load_strictly(transformers.MarianMTModel, path, torch.float32, spec.reference)
         self._model, self._device, self._batch_size = model.to(device).eval(), device, batch_size
@@ -77,8 +77,18 @@ class Translator:
         translated: dict[int, str] = {}
         for start in range(0, len(order), self._batch_size):
             batch = order[start : start + self._batch_size]
-            translated |= dict(zip(batch, self._batch([texts[at] for at in batch]), strict=True))
+            translated |= dict(zip(batch, self._fitting([texts[at] for at in batch]), strict=True))
         return [translated[at] for at in range(len(texts))]
+
+    def _fitting(self, texts: list[str]) -> list[str]:
+        """In halves, where the device has not the memory for all."""
+        try:
+            return self._batch(texts)
+        except torch.OutOfMemoryError:
+            if len(texts) == 1:
+                raise
+            half = len(texts) // 2
+            return self._fitting(texts[:half]) + self._fitting(texts[half:])
 
     def _batch(self, texts: list[str]) -> list[str]:
         longest = self._model.config.max_position_embeddings

@@ -95,14 +95,8 @@ def _checkpoint(names: list[str]) -> str | None:
 
 def _of_file(arch: str, file: str, options: dict[str, dict[str, Any]]) -> Source:
     model = _architecture(arch)
-    parent, _, name = file.rpartition("/")
-    refuse_mismatch(model, name, arch)
-    folder: weights.Folder
-    if "://" in file and not file.startswith(("file://", "local://")):
-        folder = weights.RemoteFolder(parent, options, only=name)
-    else:
-        folder = weights.LocalFolder(Path(file.removeprefix("file://")).expanduser().absolute().parent)
-        folder.fetch([name])
+    refuse_mismatch(model, file.rpartition("/")[2], arch)
+    folder, name = weights.containing(file, options)
     return Source(f"{arch}@{folder.reference}/{name}", folder, name, model, {}, arch)
 
 

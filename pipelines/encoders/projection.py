@@ -6,6 +6,7 @@ A map is a safetensors file of `mean` [raw dim] and `components` [raw dim, dim],
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,7 @@ from typing import Any
 import torch
 from safetensors import SafetensorError, safe_open
 
-from pipelines.contracts import Modality, VectorSpec
+from pipelines.contracts import Modality
 from pipelines.encoders import weights
 from pipelines.encoders.base import Encoder, EncoderSpec
 from pipelines.encoders.name import EncoderName
@@ -34,16 +35,21 @@ def reduced(spec: EncoderSpec, name: EncoderName) -> EncoderSpec:
 
 
 def _projected(spec: EncoderSpec, reference: str) -> EncoderSpec:
-    path, digest = _fetched(reference, spec.options)
+    folder, file_name = weights.containing(reference, spec.options)
+    path = folder.fetch([file_name]) / file_name
     with _opened(path, reference) as file:
         raw, dim = file.get_slice("components").get_shape()
-    lengths = {vectors.dim for vectors in spec.vectors.values()}
+        fitted_to = (file.metadata() or {}).get("modalities", "").split(",")
+    modalities = [modality for modality in spec.modalities if modality in fitted_to]
+    lengths = {spec.vectors[modality].dim for modality in modalities}
     if lengths != {raw}:
         raise ConfigError(
-            f"{reference} projects vectors of {raw} dimensions; {spec.name} gives {sorted(lengths)}",
-            "Fit one for this encoder with `vecmill fit`.",
+            f"{reference} projects {' and '.join(fitted_to)} vectors of {raw} dimensions, which {spec.name} does not "
+            "give",
+            "Fit one to what this encoder has embedded with `vecmill fit`.",
         )
-    return _with_dim(spec, dim, {"sha256": digest, "reference": reference})
+    shorter = _with_dim(spec, dim, modalities, {"sha256": folder.digest([file_name])})
+    return replace(shorter, projection=f"{folder.reference}/{file_name}")
 
 
 def _truncated(spec: EncoderSpec, dim: int) -> EncoderSpec:
@@ -54,24 +60,20 @@ def _truncated(spec: EncoderSpec, dim: int) -> EncoderSpec:
             f"{spec.name}: dim={dim}: the first numbers of its vectors are no vectors of their own. {known}",
             "Fit a projection with `vecmill fit`, and name it with ?projection=FILE.",
         )
-    return _with_dim(spec, dim, {"first": dim})
+    return _with_dim(spec, dim, spec.modalities, {"first": dim})
 
 
-def _with_dim(spec: EncoderSpec, dim: int, how: dict[str, Any]) -> EncoderSpec:
-    raw = {modality: vectors.dim for modality, vectors in spec.vectors.items()}
-    shorter: dict[Modality, VectorSpec] = {
-        modality: replace(vectors, dim=dim) for modality, vectors in spec.vectors.items()
-    }
-    return replace(spec, vectors=shorter, details={**spec.details, DETAIL: {**how, "raw": raw}})
+def _with_dim(spec: EncoderSpec, dim: int, modalities: Sequence[Modality], how: dict[str, Any]) -> EncoderSpec:
+    raw = {modality: spec.vectors[modality].dim for modality in modalities}
+    shorter = {modality: replace(spec.vectors[modality], dim=dim) for modality in modalities}
+    return replace(spec, vectors={**spec.vectors, **shorter}, details={**spec.details, DETAIL: {**how, "raw": raw}})
 
 
 def plain(spec: EncoderSpec) -> EncoderSpec:
     """The spec of the encoder that is projected."""
-    raw = spec.details[DETAIL]["raw"]
-    vectors: dict[Modality, VectorSpec] = {
-        modality: replace(vectors, dim=raw[modality]) for modality, vectors in spec.vectors.items()
-    }
-    return replace(spec, vectors=vectors)
+    raw: dict[Modality, int] = spec.details[DETAIL]["raw"]
+    longer = {modality: replace(spec.vectors[modality], dim=dim) for modality, dim in raw.items()}
+    return replace(spec, vectors={**spec.vectors, **longer})
 
 
 class Projected:
@@ -81,43 +83,42 @@ class Projected:
         self.spec, self.device, self.inner = spec, inner.device, inner
         how = spec.details[DETAIL]
         self._first: int | None = how.get("first")
+        self._modalities = how["raw"].keys()
         if self._first is None:
-            self._mean, self._components = (each.to(self.device) for each in _load(how, spec.options))
+            self._mean, self._components = (each.to(self.device) for each in _load(spec))
 
     def collate(self, pixels: list[Any]) -> dict[str, torch.Tensor]:
         return self.inner.collate(pixels)
 
     def images(self, batch: dict[str, torch.Tensor]) -> torch.Tensor:
-        return self._project(self.inner.images(batch))
+        return self._project("image", self.inner.images(batch))
 
     def texts(self, tokens: torch.Tensor) -> torch.Tensor:
-        return self._project(self.inner.texts(tokens))
+        return self._project("text", self.inner.texts(tokens))
 
     def pairs(self, batch: dict[str, torch.Tensor], tokens: torch.Tensor) -> torch.Tensor:
-        return self._project(self.inner.pairs(batch, tokens))
+        return self._project("multimodal", self.inner.pairs(batch, tokens))
 
-    def _project(self, vectors: torch.Tensor) -> torch.Tensor:
+    def _project(self, modality: Modality, vectors: torch.Tensor) -> torch.Tensor:
+        if modality not in self._modalities:
+            return vectors
         if self._first is not None:
             return vectors[..., : self._first]
         unit = torch.nn.functional.normalize(vectors.float(), dim=-1)
         return (unit - self._mean) @ self._components
 
 
-def _load(how: dict[str, Any], options: dict[str, dict[str, Any]]) -> tuple[torch.Tensor, torch.Tensor]:
-    path, digest = _fetched(how["reference"], options)
-    if digest != how["sha256"]:
-        raise EncoderError(f"{how['reference']} has changed since the run was planned.", "Put the old one back.")
-    with _opened(path, how["reference"]) as file:
+def _load(spec: EncoderSpec) -> tuple[torch.Tensor, torch.Tensor]:
+    assert spec.projection
+    path, digest = _fetched(spec.projection, spec.options)
+    if digest != spec.details[DETAIL]["sha256"]:
+        raise EncoderError(f"{spec.projection} has changed since the run was planned.", "Put the old one back.")
+    with _opened(path, spec.projection) as file:
         return file.get_tensor("mean"), file.get_tensor("components")
 
 
 def _fetched(reference: str, options: dict[str, dict[str, Any]]) -> tuple[Path, str]:
-    parent, _, name = reference.rpartition("/")
-    folder: weights.Folder
-    if "://" in reference and not reference.startswith(("file://", "local://")):
-        folder = weights.RemoteFolder(parent, options, only=name)
-    else:
-        folder = weights.LocalFolder(Path(reference.removeprefix("file://")).expanduser().absolute().parent)
+    folder, name = weights.containing(reference, options)
     return folder.fetch([name]) / name, folder.digest([name])
 
 

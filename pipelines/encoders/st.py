@@ -63,6 +63,7 @@ def describe(name: EncoderName, storage: dict[str, dict[str, Any]]) -> EncoderSp
         details={
             "model": _model_class(config, folder.reference),
             "config": hashlib.sha256((path / "config.json").read_bytes()).hexdigest(),
+            "matryoshka": list(getattr(config, "matryoshka_dimensions", None) or []),
             "tokenizer": vocabulary_digest(tokens),
             "transformer": source.transformer,
             "layer": _layer(name, int(config.num_hidden_layers)),

@@ -83,15 +83,9 @@ def _of_folder(kind: str, folder: weights.Folder) -> Source:
 
 
 def _of_file(model: str, file: str, options: dict[str, dict[str, Any]]) -> Source:
-    parent, _, name = file.rpartition("/")
-    if name.endswith((".npz", ".npy")):
+    if file.endswith((".npz", ".npy")):
         raise ConfigError(f"{file} is not a PyTorch checkpoint.", "Convert it with timm, or use the weights of a tag.")
-    folder: weights.Folder
-    if "://" in file and not file.startswith(("file://", "local://")):
-        folder = weights.RemoteFolder(parent, options, only=name)
-    else:
-        folder = weights.LocalFolder(Path(file.removeprefix("file://")).expanduser().absolute().parent)
-        folder.fetch([name])
+    folder, name = weights.containing(file, options)
     return Source(f"{model}@{folder.reference}/{name}", folder, name, model)
 
 

@@ -196,5 +196,19 @@ def folder(reference: str, options: dict[str, dict[str, Any]], cache: Path | Non
     return hub_folder(name, revision or None, cache)
 
 
+def containing(file: str, options: dict[str, dict[str, Any]]) -> tuple[Folder, str]:
+    """The folder of a single file, a path or a URL, and the file's name there.
+
+    Raises: EncoderError where a path leads nowhere.
+    """
+    parent, _, name = file.rpartition("/")
+    if "://" in file and not is_local(file):
+        return RemoteFolder(parent, options, only=name), name
+    path = Path(re.sub(r"^(file|local)://", "", file)).expanduser().absolute()
+    folder = LocalFolder(path.parent)
+    folder.fetch([path.name])
+    return folder, path.name
+
+
 def _token(entry: Entry) -> str:
     return sha256(f"{entry.bytes}:{entry.etag}")

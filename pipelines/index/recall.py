@@ -59,14 +59,20 @@ def exact(queries: Vectors, batches: Iterable[tuple[int, Vectors]], k: int, metr
 def max_similarity(queries: Vectors, first: int, batch: Vectors, count: int, k: int) -> Top:
     """By brute force among items of `count` vectors each, float32 [n * count, dim].
 
-    queries: [q, dim], or [q, several, dim]. The score is the largest inner product of a query's vector with one of
-    the item's, as BLIP-2 compares (https://arxiv.org/abs/2301.12597), and its mean over the query's vectors.
+    queries: [q, dim], or [q, several, dim]. The score is the largest inner product of a vector of the one side with
+    the other's, as BLIP-2 compares images and texts (https://arxiv.org/abs/2301.12597); where both have several, its
+    mean over the query's vectors.
     """
-    each = queries.reshape(len(queries), -1, queries.shape[-1])
-    products = each @ batch.T
-    scores = products.reshape(*each.shape[:2], -1, count).max(axis=3).mean(axis=1)
+    scores = np.concatenate([_similarities(query, batch, count) for query in queries])
     best = np.argsort(-scores, axis=1, kind="stable")[:, :k]
     return Top(best.astype(np.int64) + first, np.take_along_axis(scores, best, axis=1))
+
+
+def _similarities(query: Vectors, batch: Vectors, count: int) -> Vectors:
+    """float32 [1, n] of one query: one at a time, since a product holds a number for each pair of vectors."""
+    products = (query.reshape(-1, query.shape[-1]) @ batch.T).reshape(-1, len(batch) // count, count).max(axis=2)
+    scores: Vectors = products.max(axis=0, keepdims=True) if count == 1 else products.mean(axis=0, keepdims=True)
+    return scores
 
 
 def exact_of_several(queries: Vectors, batches: Iterable[tuple[int, Vectors]], count: int, k: int) -> Top:

@@ -13,7 +13,7 @@ from pipelines.storage import Store
 def datasets(store: Store) -> dict[str, list[str]]:
     """Part names, sorted, by data set."""
     found: dict[str, list[str]] = {}
-    for top in ("samples", "embeddings", "rejects"):
+    for top in ("samples", "embeddings", "translations", "rejects"):
         for name in store.names(top):
             folder, _, part = f"{top}/{name}".rpartition("/")
             found.setdefault(folder, []).append(part)

@@ -47,8 +47,8 @@ class Bench:
 
     def encode(self, precision: str, modalities: Sequence[str] = ("image", "text"), **observed: Any) -> Encode:
         spec = replace(self.spec, precision=precision, dtype="float32")
-        settings = EncodeConfig(batch_size=self.batch_size, threads=1)
-        return Encode([Target("gpu", spec, tuple(modalities))], settings, self.device, **observed)
+        settings = EncodeConfig(threads=1)
+        return Encode([Target("gpu", spec, tuple(modalities), self.batch_size)], settings, self.device, **observed)
 
     def table(self, rows: int, captions_too: bool = True) -> pa.Table:
         """Schema PIXELS: `rows` images, repeated after `images` different ones, with a caption each."""

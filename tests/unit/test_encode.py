@@ -27,7 +27,7 @@ from tests.checkpoints import SIDE, save_open_clip
 
 DIM = 24
 BOTH: Any = ("image", "text")
-SETTINGS = EncodeConfig(batch_size=4, threads=1)
+SETTINGS = EncodeConfig(threads=1)
 VECTORS = ["image_vector", "text_vectors", "multimodal_vector"]
 FLOAT16_MAX, FLOAT32_MAX = 65504.0, float(np.finfo(np.float32).max)
 WORDS = ("a", "red", "dog", "runs", "over", "the", "green", "field", "towards", "two", "small", "boats")
@@ -54,9 +54,7 @@ def encoder(spec: EncoderSpec) -> Encoder:
 
 
 def encode(spec: EncoderSpec, batch_size: int = 4, observe: Any = None, modalities: Any = ("image", "text")) -> Encode:
-    return Encode(
-        [Target("enc", spec, tuple(modalities))], EncodeConfig(batch_size=batch_size, threads=1), "cpu", observe
-    )
+    return Encode([Target("enc", spec, tuple(modalities), batch_size)], SETTINGS, "cpu", observe)
 
 
 def images(count: int) -> list[np.ndarray]:
@@ -393,7 +391,7 @@ def test_a_model_that_gives_nothing_finite_is_refused(tmp_path: Path) -> None:
 
 
 def test_vectors_of_another_length_are_refused(spec: EncoderSpec) -> None:
-    with pytest.raises(EncoderError, match=r"shape \(4, 24\), not \(4, 25\)"):
+    with pytest.raises(EncoderError, match=r"shape \(1, 24\), not \(1, 25\)"):
         encode(replace(spec, vectors={**spec.vectors, "image": VectorSpec(DIM + 1)}))
 
 

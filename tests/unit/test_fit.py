@@ -72,7 +72,7 @@ def saved(folder: Path, raw: int, dim: int) -> str:
     from safetensors.numpy import save_file
 
     mean, components, _ = principal(cloud(raw=raw), dim, whiten=True)
-    save_file({"mean": mean, "components": components}, folder / "map.safetensors")
+    save_file({"mean": mean, "components": components}, folder / "map.safetensors", {"modalities": "image,text"})
     return str(folder / "map.safetensors")
 
 
@@ -98,7 +98,7 @@ def test_another_projection_is_another_encoder_and_a_changed_one_is_refused(name
 
 
 def test_what_does_not_fit_is_told(name: str, tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match="projects vectors of 30 dimensions"):
+    with pytest.raises(ConfigError, match="projects image and text vectors of 30 dimensions"):
         registry.describe(f"{name}?projection={saved(tmp_path, 30, 6)}")
     (tmp_path / "broken").write_bytes(b"no tensors")
     with pytest.raises(EncoderError, match="is no projection"):

@@ -16,6 +16,7 @@ from pipelines.record import write_record
 from pipelines.scenes import write_shards
 from pipelines.storage import Store
 from tests.checkpoints import save_open_clip
+from tests.checkpoints_marian import save_marian
 
 LAPTOP = Cluster(cpus=8, gpus=0, nodes=1, node_cpus=8)
 FARM = Cluster(cpus=64, gpus=8, nodes=4, node_cpus=16, node_gpus=2)
@@ -240,7 +241,7 @@ def test_a_run_that_would_hang_is_refused(
 ) -> None:
     run = prepared(settings, cluster, encode=encode)
     with pytest.raises(PreflightError, match=told) as refused:
-        require_resources(run.config, cluster)
+        require_resources(run, cluster)
     assert "encode." in refused.value.fix
 
 
@@ -248,18 +249,18 @@ def test_a_decode_task_that_fits_no_node_is_refused(settings: dict[str, Any]) ->
     small = replace(LAPTOP, node_memory_mib=2000)
     run = prepared({**settings, "cluster": {"memory_per_decode_task_mib": 3000}}, small)
     with pytest.raises(PreflightError, match=r"A decode task of 3,000 MiB fits no node: the largest gives 2,000 MiB"):
-        require_resources(run.config, small)
+        require_resources(run, small)
 
 
 def test_images_that_a_decode_task_has_no_memory_for_are_refused(settings: dict[str, Any]) -> None:
     large = {"decode": {"max_pixels": 200_000_000}}
     told = r"decode.max_pixels = 200,000,000 can take 2,673 MiB; a decode task has 1,024 MiB"
     with pytest.raises(PreflightError, match=told) as refused:
-        require_resources(prepared(settings, **large).config, LAPTOP)
+        require_resources(prepared(settings, **large), LAPTOP)
     assert "cluster.memory_per_decode_task_mib to 2673" in refused.value.fix
     enough = {**settings, **large, "cluster": {"memory_per_decode_task_mib": 2673}}
-    require_resources(prepared(enough).config, LAPTOP)
-    require_resources(prepared(settings).config, LAPTOP)
+    require_resources(prepared(enough), LAPTOP)
+    require_resources(prepared(settings), LAPTOP)
 
 
 def test_rows_read_in_another_way_do_not_mix(settings: dict[str, Any]) -> None:
@@ -275,7 +276,7 @@ def test_rows_read_in_another_way_do_not_mix(settings: dict[str, Any]) -> None:
     [({}, LAPTOP), ({}, FARM), ({"actors": 7}, LAPTOP), ({"actors": 16, "gpus_per_actor": 0.5}, FARM)],
 )
 def test_a_run_that_fits_is_let_through(settings: dict[str, Any], encode: dict[str, Any], cluster: Cluster) -> None:
-    require_resources(prepared(settings, cluster, encode=encode).config, cluster)
+    require_resources(prepared(settings, cluster, encode=encode), cluster)
 
 
 def test_an_output_is_tried_and_left_as_it_was(s3_options: dict[str, Any], tmp_path: Path) -> None:
@@ -358,7 +359,7 @@ def test_encoders_share_actors_or_have_their_own(
     run = prepared(two, cluster, encode=given)
     assert (len(run.pools), run.config.encode.actors) == (pools, actors)
     assert [target for pool in run.pools for target in pool] == list(run.targets)
-    require_resources(run.config, cluster)
+    require_resources(run, cluster)
 
 
 def test_each_has_its_folder_and_its_record(two: dict[str, Any], settings: dict[str, Any]) -> None:
@@ -368,6 +369,64 @@ def test_each_has_its_folder_and_its_record(two: dict[str, Any], settings: dict[
     assert [target.spec.vectors["image"].dim for target in run.targets] == [24, 32]
     alone = prepared(settings, name="a")
     assert alone.targets == run.targets[:1] and set(alone.record.encoders) == {"a", "b"}
+
+
+def test_each_keeps_what_it_was_made_with_whatever_their_order(two: dict[str, Any], settings: dict[str, Any]) -> None:
+    first, second = two["encoder"]
+    recorded({**settings, "encoder": first}, name="a", encode={"batch_size": 7, "precision": "bf16"})
+    recorded({**settings, "encoder": second}, name="b", encode={"batch_size": 33})
+    for order in (["a", "b"], ["b", "a"]):
+        encoders = [{"a": first, "b": second}[name] for name in order]
+        run = recorded({**settings, "encoder": encoders}, name=order)
+        made = {target.folder: (target.batch_size, target.spec.precision) for target in run.targets}
+        assert made == {"a": (7, "bf16"), "b": (33, "fp32")}
+        assert {name: record.batch_size for name, record in run.record.encoders.items()} == {"a": 7, "b": 33}
+
+
+def test_only_what_is_pending_gets_actors(two: dict[str, Any]) -> None:
+    run = recorded(two, name=["a", "b"], encode={"pools": "each"})
+    lacking = replace(run, plan=replace(run.plan, pending=[replace(run.plan.pending[0], families=("b",))]))
+    assert lacking.pools == [run.targets[1:]] and len(run.pools) == 2
+    samples = replace(run, plan=replace(run.plan, pending=[replace(run.plan.pending[0], families=("samples",))]))
+    assert samples.pools == [] and samples.pending == ()
+
+
+# -- translation ---------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def marian(tmp_path_factory: pytest.TempPathFactory) -> str:
+    return str(save_marian(tmp_path_factory.mktemp("marian") / "it-en"))
+
+
+def test_translation_decides_vectors_of_captions_alone(settings: dict[str, Any], marian: str) -> None:
+    translate = {"pair": "it:en", "model": marian}
+    plain, translated = prepared(settings), prepared(settings, translate=translate)
+    assert translated.targets[0].spec.fingerprint != plain.targets[0].spec.fingerprint
+    images = prepared(settings, translate=translate, modalities="image")
+    assert images.translation is None
+    assert images.targets[0].spec.fingerprint == prepared(settings, modalities="image").targets[0].spec.fingerprint
+
+
+@pytest.mark.parametrize(
+    ("translate", "cluster", "told"),
+    [
+        ({"gpus_per_actor": 1}, replace(FARM, gpus=1), None),
+        ({"gpus_per_actor": 2}, replace(FARM, gpus=1), "translation of 2 need"),
+        ({"actors": 8}, LAPTOP, "8 of translation"),
+        ({"memory_mib": 3_000}, replace(LAPTOP, node_memory_mib=3_500), "beside translation of 3,000 MiB"),
+    ],
+)
+def test_translation_is_counted(
+    settings: dict[str, Any], marian: str, translate: dict[str, Any], cluster: Cluster, told: str | None
+) -> None:
+    run = prepared(settings, cluster, translate={"pair": "it:en", "model": marian, **translate})
+    if told is None:
+        assert run.config.encode.gpus_per_actor == 0, "the one GPU translates"
+        require_resources(run, cluster)
+        return
+    with pytest.raises(PreflightError, match=told):
+        require_resources(run, cluster)
 
 
 def test_an_encoder_that_lacks_a_modality_gives_what_it_has(two: dict[str, Any]) -> None:

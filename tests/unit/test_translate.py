@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
+import json
+import shutil
 from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
 import pytest
-import torch
-import transformers
 
 from pipelines.contracts import SAMPLE
 from pipelines.encoders.marian import TranslationSpec, default_model, describe
@@ -16,6 +16,7 @@ from pipelines.errors import EncoderError
 from pipelines.translate import Remembering, Translate, with_translations
 from tests.checkpoints import save_hf
 from tests.checkpoints_marian import save_marian
+from tests.unit.encoders.marian_reference import MarianReference
 
 TEXTS = [
     "un cane marrone corre sulla spiaggia",
@@ -52,21 +53,12 @@ def table(*rows: dict[str, Any]) -> pa.Table:
     return pa.Table.from_pylist(list(rows), SAMPLE)
 
 
-def naive(folder: Path, texts: list[str]) -> list[str]:
-    tokens = transformers.MarianTokenizer.from_pretrained(folder)
-    model = transformers.AutoModelForSeq2SeqLM.from_pretrained(folder, dtype=torch.float32).eval()
-    with torch.no_grad():
-        answers = [
-            model.generate(**tokens([text], return_tensors="pt", truncation=True, max_length=128)) for text in texts
-        ]
-    return [tokens.decode(answer[0], skip_special_tokens=True) for answer in answers]
-
-
 def test_translations_are_the_librarys_one_by_one(folder: Path, translate: Translate) -> None:
     result = translate(table(row(*TEXTS[:3]), row(*TEXTS[3:]), row(end=True)))
     assert result.schema == SAMPLE
     found = [text for texts in result["translations"].to_pylist() for text in texts]
-    expected = naive(folder, TEXTS)
+    naive = MarianReference(folder)
+    expected = [naive(text) for text in TEXTS]
     assert found == expected
     assert len(set(expected)) >= len(set(TEXTS)) - 1, "a model that says the same of everything"
     assert result["captions"].to_pylist() == [TEXTS[:3], TEXTS[3:], []], "the original is kept"
@@ -90,8 +82,29 @@ def test_equal_captions_are_translated_once_and_remembered() -> None:
     assert remembering(["b"]) == ["B"] and asked == [["a", "b"]]
     assert remembering(["a", "c", "d"]) == ["A", "C", "D"], "more than are remembered"
     assert asked[1:] == [["c", "d"]]
-    remembering(["a"])
-    assert asked[2:] == [["a"]], "the oldest was forgotten"
+    remembering(["c", "d", "c", "e"])
+    assert asked[2:] == [["e"]]
+    remembering(["c", "d"])
+    assert asked[3:] == [["d"]], "what was wanted longest ago is forgotten"
+    remembering(["x" * 2_000])
+    remembering(["x" * 2_000])
+    assert asked[4:] == [["x" * 2_000]] * 2, "long ones are not kept"
+
+
+@pytest.mark.parametrize("error", [MemoryError(), RuntimeError("CUDA error: device-side assert")])
+def test_a_device_that_fails_is_no_fault_of_a_captions(error: Exception) -> None:
+    def broken(texts: list[str]) -> list[str]:
+        raise error
+
+    with pytest.raises(type(error)):
+        with_translations(table(row("a", "b")), Remembering(broken))
+
+
+def test_how_beams_are_searched_is_part_of_a_translation(spec: TranslationSpec, folder: Path, tmp_path: Path) -> None:
+    other = shutil.copytree(folder, tmp_path / "other")
+    settings = json.loads((other / "generation_config.json").read_text())
+    (other / "generation_config.json").write_text(json.dumps({**settings, "num_beams": 1}))
+    assert describe("it:en", str(other), {}).identity() != spec.identity()
 
 
 def test_a_caption_that_cannot_be_translated_is_a_reject() -> None:
@@ -102,7 +115,9 @@ def test_a_caption_that_cannot_be_translated_is_a_reject() -> None:
 
     result = with_translations(table(row("a", "bad", "b")), Remembering(failing))
     (told,) = result.to_pylist()
-    assert told["translations"] == ["en a", None, "en b"] and told["captions"] == ["a", None, "b"]
+    assert told["translations"] == ["en a", None, "en b"] and told["captions"] == ["a", "bad", "b"], (
+        "the original stays"
+    )
     (reject,) = told["rejects"]
     assert (reject["modality"], reject["stage"], reject["reason"]) == ("text", "translate", "translation_failed")
     assert reject["caption_index"] == 1 and "no such word" in reject["detail"]

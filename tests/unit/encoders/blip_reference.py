@@ -172,6 +172,19 @@ class HfBlip2(HfBlip):
         return {"mean_raw": hidden.mean(0), "first": hidden[0], "match": match}
 
 
+class HfBlip2Opt:
+    """A model that writes, of which the queries alone are taken."""
+
+    def __init__(self, folder: str) -> None:
+        self.model: Any = transformers.Blip2Model.from_pretrained(folder, dtype=torch.float32).eval()
+        self.processor = transformers.AutoImageProcessor.from_pretrained(folder, backend="pil")
+
+    @torch.no_grad()
+    def image(self, data: bytes) -> np.ndarray:
+        inputs = self.processor(images=opened(data), return_tensors="pt")
+        return self.model.get_qformer_features(**inputs)[0].mean(0).numpy()
+
+
 class LavisReference(HfBlip2):
     """LAVIS's steps: its own vision tower and images; the Q-Former is transformers'."""
 

@@ -14,7 +14,6 @@ import fsspec
 import numpy as np
 import pytest
 import torch
-import transformers
 from safetensors.torch import load_file, save_file
 
 from pipelines.contracts import VectorSpec
@@ -24,9 +23,9 @@ from pipelines.encoders.torch_encoder import masked
 from pipelines.errors import ConfigError, EncoderError
 from tests import checkpoints_blip
 from tests.checkpoints import SIDE
-from tests.unit.encoders.blip_reference import HfBlip2, LavisReference, assert_near, stacked
+from tests.unit.encoders.blip_reference import HfBlip2, HfBlip2Opt, LavisReference, assert_near, stacked
 from tests.unit.encoders.inputs import CAPTIONS, ENTITIES, varied
-from tests.unit.encoders.reference import error, opened, our_images, our_pairs, our_pixels, our_texts
+from tests.unit.encoders.reference import error, our_images, our_pairs, our_pixels, our_texts
 
 CPU = torch.device("cpu")
 IMAGES, TEXTS = list(varied().values()), CAPTIONS + ENTITIES
@@ -194,12 +193,8 @@ def test_batch_size_and_neighbours_change_nothing(named: Name, options: str) -> 
 
 
 def _opt_reference(name: str) -> np.ndarray:
-    folder = name.removeprefix("blip2:").partition("?")[0]
-    model: Any = transformers.Blip2Model.from_pretrained(folder, dtype=torch.float32).eval()
-    processor = transformers.AutoImageProcessor.from_pretrained(folder, backend="pil")
-    with torch.no_grad():
-        rows = [model.get_qformer_features(**processor(images=opened(each), return_tensors="pt")) for each in IMAGES]
-    return np.stack([row[0].mean(0).numpy() for row in rows])
+    reference = HfBlip2Opt(name.removeprefix("blip2:").partition("?")[0])
+    return np.stack([reference.image(each) for each in IMAGES])
 
 
 @pytest.mark.parametrize("precision, bound", [("fp32", 1e-3), ("bf16", 1e-1), ("fp16", 2e-2)])

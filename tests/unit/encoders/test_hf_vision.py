@@ -13,29 +13,19 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-import transformers
 from safetensors.torch import load_file, save_file
-from transformers.image_transforms import convert_to_rgb
 
 from pipelines.encoders import registry
 from pipelines.errors import ConfigError, EncoderError
 from tests.checkpoints_vision import VISION_KINDS, save_vision
 from tests.unit.encoders.inputs import photos, varied
-from tests.unit.encoders.reference import error, opened, our_images, spread
+from tests.unit.encoders.reference import error, our_images, spread
+from tests.unit.encoders.vision_reference import Backbone, Represent, first, last_map_mean, map_mean, pooler
 
 CPU = torch.device("cpu")
 IMAGES = {**varied(), **photos(4)}
 
 Folder = Callable[[str], Path]
-Represent = Callable[[Any], torch.Tensor]
-
-
-def first(output: Any) -> torch.Tensor:
-    return output.last_hidden_state[0, 0]
-
-
-def pooler(output: Any) -> torch.Tensor:
-    return output.pooler_output[0].flatten()
 
 
 DEFAULTS: dict[str, Represent] = {
@@ -49,7 +39,7 @@ DEFAULTS: dict[str, Represent] = {
     "dinov3-convnext": pooler,
     "beit": pooler,
     "siglip": pooler,
-    "efficientnet": lambda output: output.last_hidden_state[0].mean((1, 2)),
+    "efficientnet": map_mean,
     "efficientnet-classifier": pooler,
     "convnext": pooler,
     "convnext-squash": pooler,
@@ -68,8 +58,8 @@ CHOSEN: dict[str, Represent] = {
     "deit?pool=mean": lambda output: output.last_hidden_state[0, 2:].mean(0),
     "dinov2-registers?pool=mean": lambda output: output.last_hidden_state[0, 5:].mean(0),
     "dinov3?pool=mean&layer=-1": lambda output: output.hidden_states[-1][0, 5:].mean(0),
-    "efficientnet?layer=-1": lambda output: output.hidden_states[-1][0].mean((1, 2)),
-    "convnext?pool=mean": lambda output: output.last_hidden_state[0].mean((1, 2)),
+    "efficientnet?layer=-1": last_map_mean,
+    "convnext?pool=mean": map_mean,
     "swin?layer=-1": lambda output: output.hidden_states[-1][0].mean(0),
 }
 
@@ -95,15 +85,8 @@ def copied(folder: Folder, tmp_path: Path) -> Folder:
 
 
 def library(folder: Path, represent: Represent, images: dict[str, bytes]) -> np.ndarray:
-    """One image at a time, with the classes that the manual names."""
-    processor = transformers.AutoImageProcessor.from_pretrained(folder, backend="pil")
-    model = transformers.AutoModel.from_pretrained(folder, dtype=torch.float32).eval()
-    vectors = []
-    with torch.no_grad():
-        for data in images.values():
-            inputs = processor(images=convert_to_rgb(opened(data)), return_tensors="pt")
-            vectors.append(represent(model(**inputs, output_hidden_states=True)).numpy())
-    return np.stack(vectors)
+    reference = Backbone(folder, represent)
+    return np.stack([reference.image(data) for data in images.values()])
 
 
 def assert_near(ours: np.ndarray, theirs: np.ndarray, bound: float) -> None:

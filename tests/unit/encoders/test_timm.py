@@ -16,14 +16,14 @@ import pytest
 import timm
 import torch
 from safetensors.torch import load_file, save_file
-from timm.data import create_transform, resolve_model_data_config
 
 from pipelines.encoders import registry, timm_source
 from pipelines.encoders.weights import LocalFolder
 from pipelines.errors import ConfigError, EncoderError
 from tests.checkpoints_timm import TIMM_KINDS, save_timm
 from tests.unit.encoders.inputs import photos, varied
-from tests.unit.encoders.reference import error, opened, our_images, spread
+from tests.unit.encoders.reference import error, our_images, spread
+from tests.unit.encoders.vision_reference import TimmReference
 
 CPU = torch.device("cpu")
 IMAGES = {**varied(), **photos(4)}
@@ -53,11 +53,8 @@ def copied(folder: Folder, tmp_path: Path) -> Folder:
 
 
 def library(folder: Path, **options: Any) -> np.ndarray:
-    """One image at a time, as timm's manual has it."""
-    model = timm.create_model(f"local-dir:{folder}", pretrained=True, num_classes=0, **options).eval()
-    transform = create_transform(**resolve_model_data_config(model), is_training=False)
-    with torch.no_grad():
-        return np.stack([model(transform(opened(data).convert("RGB"))[None])[0].numpy() for data in IMAGES.values()])
+    reference = TimmReference(folder, **options)
+    return np.stack([reference.image(data) for data in IMAGES.values()])
 
 
 def assert_near(ours: np.ndarray, theirs: np.ndarray, bound: float) -> None:
