@@ -12,7 +12,8 @@ from numpy.typing import NDArray
 
 from pipelines.encoders import weights
 from pipelines.encoders.base import EncoderSpec, Tokenizer
-from pipelines.encoders.hf_text import from_files, library_tokenizer
+from pipelines.encoders.hf_text import folder_tokenizer, from_files
+from pipelines.encoders.light_tokenizer import kept
 from pipelines.encoders.name import EncoderName
 from pipelines.errors import EncoderError
 
@@ -26,7 +27,7 @@ Storage = dict[str, dict[str, Any]]
 
 def tokenizer_of(spec: EncoderSpec, special: tuple[str, ...]) -> Tokenizer:
     """int32 ids of each caption, from [CLS] to [SEP], not padded. special: what a file's vocabulary lacks."""
-    tokens = tokens_at(spec.reference, special, spec.options, spec.name)
+    tokens = kept(spec.details["tokenizer"]) or tokens_at(spec.reference, special, spec.options, spec.name)
     words = int(spec.details["words"])
 
     def tokenize(captions: list[str]) -> list[NDArray[np.int32]]:
@@ -45,8 +46,7 @@ def tokens_at(reference: str, special: tuple[str, ...], storage: Storage, name: 
     """
     parsed = EncoderName.parse(f"blip:{reference}")
     if not parsed.reference.endswith(FILE_SUFFIXES):
-        folder = weights.folder(parsed.reference, storage)
-        return library_tokenizer(folder.fetch(weights.small(folder.names())), name)
+        return folder_tokenizer(weights.folder(parsed.reference, storage), name)
     tokens = _vocabulary(parsed.options["vocab"], storage)
     tokens.add_tokens(list(special), special_tokens=True)
     return tokens

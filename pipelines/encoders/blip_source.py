@@ -14,10 +14,10 @@ from pipelines.encoders import weights
 from pipelines.encoders.base import EncoderSpec, ImageTransform
 from pipelines.encoders.batch import DTYPES
 from pipelines.encoders.blip_captions import FILE_SUFFIXES, VOCABULARY, Storage, pinned_vocabulary
-from pipelines.encoders.digest import vocabulary_digest
 from pipelines.encoders.hf_images import image_transform
 from pipelines.encoders.hf_text import from_files
 from pipelines.encoders.hf_weights import checkpoint_files, load_strictly
+from pipelines.encoders.light_tokenizer import kept_digest
 from pipelines.encoders.name import EncoderName
 from pipelines.errors import ConfigError, EncoderError
 
@@ -106,7 +106,7 @@ def vocabulary(tokens: Any, words: int, added: int, name: str) -> dict[str, Any]
             f"{name}: the tokenizer has {len(tokens)} words, the model {words}.",
             "Use the vocabulary it was trained with.",
         )
-    return {"tokenizer": vocabulary_digest(tokens), "words": words}
+    return {"tokenizer": kept_digest(tokens), "words": words}
 
 
 def load_folder(cls: Any, spec: EncoderSpec) -> Any:

@@ -10,19 +10,28 @@ from numpy.typing import NDArray
 
 from pipelines.encoders import weights
 from pipelines.encoders.base import EncoderSpec, Tokenizer
+from pipelines.encoders.light_tokenizer import kept
 from pipelines.errors import EncoderError
 
 
 def tokenizer(spec: EncoderSpec) -> Tokenizer:
     folder = weights.folder(spec.reference, spec.options)
-    tokens = library_tokenizer(folder.fetch(weights.small(folder.names())), spec.name)
+    tokens = kept(spec.details["tokenizer"]) or folder_tokenizer(folder, spec.name)
 
     def tokenize(captions: list[str]) -> NDArray[np.int32]:
         """int32 [n, context_length], padded to the full length."""
-        encoded = tokens(captions, padding="max_length", truncation=True, max_length=spec.context_length)
-        return np.asarray(encoded["input_ids"], np.int32)
+        rows = np.full((len(captions), spec.context_length), tokens.pad_token_id, np.int32)
+        found = tokens(captions, truncation=True, max_length=spec.context_length)["input_ids"]
+        for row, ids in zip(rows, found, strict=True):
+            row[: len(ids)] = ids
+        return rows
 
     return tokenize
+
+
+def folder_tokenizer(folder: weights.Folder, name: str) -> Any:
+    """Of a model's folder. Raises: EncoderError."""
+    return library_tokenizer(folder.fetch(weights.small(folder.names())), name)
 
 
 def library_tokenizer(path: Path, name: str = "") -> Any:

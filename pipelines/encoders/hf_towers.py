@@ -16,10 +16,10 @@ from numpy.typing import NDArray
 from pipelines.contracts import VectorSpec
 from pipelines.encoders.base import EncoderSpec
 from pipelines.encoders.batch import DTYPES, Normalize, patchify, stack, trim
-from pipelines.encoders.digest import vocabulary_digest
 from pipelines.encoders.hf_images import image_transform
 from pipelines.encoders.hf_text import library_tokenizer
 from pipelines.encoders.hf_weights import load_strictly
+from pipelines.encoders.light_tokenizer import kept_digest
 from pipelines.encoders.name import EncoderName
 from pipelines.errors import ConfigError, EncoderError
 
@@ -130,4 +130,4 @@ def _tokenizer_digest(path: Path, name: str, kind: TwoTowers) -> str:
             f"{name}: the tokenizer pads on the {tokens.padding_side}, the model was trained on the right.",
             'Set "padding_side": "right" in its tokenizer_config.json.',
         )
-    return vocabulary_digest(tokens)
+    return kept_digest(tokens)

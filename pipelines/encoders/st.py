@@ -16,9 +16,10 @@ from pipelines.contracts import VectorSpec
 from pipelines.encoders import weights
 from pipelines.encoders.base import EncoderSpec
 from pipelines.encoders.batch import DTYPES
-from pipelines.encoders.digest import combined, vocabulary_digest
+from pipelines.encoders.digest import combined
 from pipelines.encoders.hf_text import from_files, library_tokenizer
 from pipelines.encoders.hf_weights import checkpoint_files
+from pipelines.encoders.light_tokenizer import kept_digest
 from pipelines.encoders.name import EncoderName
 from pipelines.encoders.st_model import Normalize, Pooling, SentenceModel, load_dense, load_transformer
 from pipelines.encoders.st_source import POOLS, Source, place, read
@@ -64,7 +65,7 @@ def describe(name: EncoderName, storage: dict[str, dict[str, Any]]) -> EncoderSp
             "model": _model_class(config, folder.reference),
             "config": hashlib.sha256((path / "config.json").read_bytes()).hexdigest(),
             "matryoshka": list(getattr(config, "matryoshka_dimensions", None) or []),
-            "tokenizer": vocabulary_digest(tokens),
+            "tokenizer": kept_digest(tokens),
             "transformer": source.transformer,
             "layer": _layer(name, int(config.num_hidden_layers)),
             "steps": source.steps,

@@ -7,14 +7,16 @@ from numpy.typing import NDArray
 
 from pipelines.encoders import weights
 from pipelines.encoders.base import EncoderSpec, Tokenizer
-from pipelines.encoders.hf_text import library_tokenizer
+from pipelines.encoders.hf_text import folder_tokenizer
+from pipelines.encoders.light_tokenizer import kept
 from pipelines.encoders.st_source import place
 
 
 def tokenizer(spec: EncoderSpec) -> Tokenizer:
     """Puts details["prompt"] before each caption; for queries, give a spec that has details["query_prompt"] there."""
-    folder = place(weights.folder(spec.reference, spec.options), spec.details["transformer"])
-    tokens = library_tokenizer(folder.fetch(weights.small(folder.names())), spec.name)
+    tokens = kept(spec.details["tokenizer"]) or folder_tokenizer(
+        place(weights.folder(spec.reference, spec.options), spec.details["transformer"]), spec.name
+    )
     # Of a vocabulary that marks no beginning or end, an empty caption has no token, and a model needs one.
     nothing = [tokens.pad_token_id or tokens.eos_token_id or 0]
 

@@ -128,7 +128,7 @@ LONG_TAR = b"".join(member(f"{n}.jpg", plain()) + member(f"{n}.bin", NOISE[n:]) 
 
 @cache
 def whole_tars() -> dict[str, tuple[bytes, list[str]]]:
-    packed = gzip.compress(LONG_TAR)
+    packed = gzip.compress(LONG_TAR, mtime=0)
     padded = LONG_TAR + bytes(65 * 2**20) + member("z.jpg", plain()) + bytes(1024)
     damaged = bytearray(packed)
     damaged[len(packed) // 2 : len(packed) // 2 + 99] = bytes(99)
@@ -144,11 +144,11 @@ def whole_tars() -> dict[str, tuple[bytes, list[str]]]:
         "a gzip": (packed, ["ok"] * 4),
         "half a gzip": (packed[: len(packed) // 2], ["ok", "truncated_shard"]),
         "a gzip without its checksum": (packed[:-8], ["ok"] * 4),
-        "a gzip of nothing": (gzip.compress(b""), ["truncated_shard"]),
-        "a gzip of noise": (gzip.compress(NOISE), ["corrupt_shard"]),
+        "a gzip of nothing": (gzip.compress(b"", mtime=0), ["truncated_shard"]),
+        "a gzip of noise": (gzip.compress(NOISE, mtime=0), ["corrupt_shard"]),
         "a gzip's first two bytes": (b"\x1f\x8b", ["truncated_shard"]),
         "a gzip with a wrong checksum": (packed[:-8] + bytes(8), ["ok"] * 4 + ["corrupt_shard"]),
-        "a gzip of zeros without end": (gzip.compress(bytes(2**27)), ["corrupt_shard"]),
+        "a gzip of zeros without end": (gzip.compress(bytes(2**27), mtime=0), ["corrupt_shard"]),
         "a member behind 65 MiB of zeros": (padded, ["ok"] * 4 + ["corrupt_shard"]),
     }
 
@@ -241,14 +241,14 @@ KARPATHY = {"images": [{"filename": "none.jpg", "split": "train", "sentences": [
         ("a.jsonl", HTML, ["bad_manifest_line"]),
         ("a.jsonl", MANY_LINES[:-20], ["ok"] * 199 + ["bad_manifest_line"]),
         ("a.jsonl", NOISE[:99].replace(b"\n", b"") + b"\n" + line(caption="fine"), ["bad_manifest_line", "ok"]),
-        ("a.jsonl.gz", gzip.compress(MANY_LINES)[:-8], ["ok"] * 200 + ["bad_manifest_line"]),
+        ("a.jsonl.gz", gzip.compress(MANY_LINES, mtime=0)[:-8], ["ok"] * 200 + ["bad_manifest_line"]),
         ("a.jsonl.gz", b"\x1f\x8b" + NOISE[:99], ["bad_manifest_line"]),
         ("a.json", json.dumps([{"caption": "a"}, {"caption": "b"}])[:-6].encode(), ["ok", "bad_manifest_line"]),
         ("a.json", b'[{"caption": "a"}, 7, null, {"caption": "b"}]', ["ok", "bad_manifest_line", "bad_manifest_line", "ok"]),
         ("a.json", json.dumps(KARPATHY).encode()[:-30], ["not_found", "bad_manifest_line"]),
         ("a.csv", b"key,caption\n1,fine\n2,\xff\xfe\n3,fine\n", ["ok", "not_utf8", "ok"]),
         ("a.csv", b'key,caption\n1,fine\n2,"open\n3,fine\n4,fine', ["ok", "bad_manifest_line", "ok", "ok"]),
-        ("a.csv.gz", gzip.compress(b"key,caption\n1,fine\n2,fine\n")[:-8], ["ok", "ok", "bad_manifest_line"]),
+        ("a.csv.gz", gzip.compress(b"key,caption\n1,fine\n2,fine\n", mtime=0)[:-8], ["ok", "ok", "bad_manifest_line"]),
         ("a.tsv", b"key\tcaption\n1\tfine\n2\n", ["ok", "bad_manifest_line"]),
     ],
 )  # fmt: skip
