@@ -42,8 +42,8 @@ from pipelines.index.release import (
     newest_or_none,
     number_of,
     open_shard,
+    publication,
     unfinished,
-    was_published,
 )
 from pipelines.index.report import markdown
 from pipelines.index.rerank import StoredVectors, learn_coding
@@ -126,10 +126,12 @@ def settle(store: Store, release: Release, settings: IndexConfig, progress: Prog
     current = current_version(store, home)
     if current and number_of(current) > number_of(release.version):
         progress(f"{current}, which another build began later, is the current release")
-    elif not was_published(store, home, release.version):
-        publish(store, release, settings.floor, settings.keep, progress)
     elif current != release.version:
-        progress(f"{current} is the current release: {release.version} was, and was rolled back")
+        known = publication(store, home, release.version)
+        if known and known.withdrawn:
+            progress(f"{current} is the current release: {release.version} was, and was rolled back")
+        else:
+            publish(store, release, settings.floor, settings.keep, progress)
     return release
 
 

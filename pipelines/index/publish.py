@@ -20,10 +20,10 @@ from pipelines.index.release import (
     number_of,
     point_at,
     previous_version,
+    publication,
     read_release,
     swap,
     unfinished,
-    was_published,
 )
 from pipelines.ledger import Commit, CommitRef, list_commits, read_commits
 from pipelines.record import read_record
@@ -182,7 +182,7 @@ def delete_release(store: Store, folder: str, version: str) -> None:
 
 @dataclass(frozen=True)
 class Listed:
-    """A version of an index. state: current, previous, published, built (not published) or unfinished."""
+    """A version of an index. state: current, previous, published, withdrawn, built (not published) or unfinished."""
 
     version: str
     state: str
@@ -197,7 +197,10 @@ def list_releases(store: Store, encoder: str, modality: str) -> list[Listed]:
     def state(version: str) -> str:
         if version in (current, before):
             return "current" if version == current else "previous"
-        return "published" if was_published(store, folder, version) else "built"
+        known = publication(store, folder, version)
+        if known is None:
+            return "built"
+        return "withdrawn" if known.withdrawn else "published"
 
     whole = [
         Listed(version, state(version), read_release(store, encoder, modality, version))

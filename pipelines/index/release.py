@@ -185,30 +185,49 @@ def number_of(version: str) -> int:
     return int(version[1:])
 
 
+class Publication(BaseModel):
+    """Why a release is, was or will in a moment be the current one. before: the one that was so until then.
+
+    withdrawn: an older one has taken its place again, so that it does not come back by itself.
+    """
+
+    before: str | None = None
+    withdrawn: bool = False
+
+
 def point_at(store: Store, folder: str, version: str) -> None:
     """Makes a release current, once it is noted which one was before, so that a rollback finds its way."""
     current = current_version(store, folder)
     if current != version:
-        store.put_atomic(f"{folder}/{PUBLISHED}/{version}.json", json.dumps({"before": current}).encode())
+        _note(store, folder, version, Publication(before=current))
         swap(store, folder, version)
 
 
 def swap(store: Store, folder: str, version: str) -> None:
     """Points `CURRENT` at a release: readers see the one before or this one, and nothing between."""
+    current = current_version(store, folder)
+    if current and number_of(current) > number_of(version):
+        known = publication(store, folder, current) or Publication()
+        _note(store, folder, current, known.model_copy(update={"withdrawn": True}))
     store.put_atomic(f"{folder}/{POINTER}", version.encode())
 
 
-def was_published(store: Store, folder: str, version: str) -> bool:
-    return version == current_version(store, folder) or store.exists(f"{folder}/{PUBLISHED}/{version}.json")
+def publication(store: Store, folder: str, version: str) -> Publication | None:
+    """None for a release that nobody has begun to publish."""
+    with suppress(FileNotFoundError):
+        return Publication.model_validate_json(store.read(f"{folder}/{PUBLISHED}/{version}.json", is_whole_json))
+    return None
+
+
+def _note(store: Store, folder: str, version: str, publication: Publication) -> None:
+    store.put_atomic(f"{folder}/{PUBLISHED}/{version}.json", publication.model_dump_json().encode())
 
 
 def previous_version(store: Store, folder: str) -> str | None:
     """The one that was current before the current one was published, None where there was none."""
-    path = f"{folder}/{PUBLISHED}/{current_version(store, folder)}.json"
-    with suppress(FileNotFoundError):
-        before = json.loads(store.read(path, is_whole_json)).get("before")
-        return str(before) if before else None
-    return None
+    current = current_version(store, folder)
+    known = publication(store, folder, current) if current else None
+    return known.before if known else None
 
 
 def finished(store: Store, folder: str) -> list[str]:

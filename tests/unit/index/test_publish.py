@@ -7,7 +7,9 @@ import numpy as np
 import pytest
 
 from pipelines.collect import leftovers
+from pipelines.config import IndexConfig
 from pipelines.errors import IndexBuildError
+from pipelines.index.build import settle
 from pipelines.index.publish import (
     NotPublishedError,
     delete_release,
@@ -60,7 +62,7 @@ def test_a_release_is_published_and_rolled_back_step_by_step(store: Store) -> No
         assert current_version(store, HOME) == version
     assert states(store) == {"v0001": "published", "v0002": "previous", "v0003": "current"}
     assert rollback(store, ENCODER, "image").version == "v0002"
-    assert states(store) == {"v0001": "previous", "v0002": "current", "v0003": "published"}
+    assert states(store) == {"v0001": "previous", "v0002": "current", "v0003": "withdrawn"}
     assert rollback(store, ENCODER, "image").version == "v0001"
     with pytest.raises(IndexBuildError, match="no release before v0001"):
         rollback(store, ENCODER, "image")
@@ -185,4 +187,26 @@ def test_releases_none_of_which_is_published_are_named(store: Store) -> None:
 def test_the_pointer_says_one_version_and_nothing_else(store: Store, tmp_path: Path) -> None:
     publish(store, another(store, "v0002"), 0.9, 3)
     assert (tmp_path / HOME / "CURRENT").read_text() == "v0002"
-    assert json.loads((tmp_path / HOME / "published" / "v0002.json").read_text()) == {"before": "v0001"}
+    assert json.loads((tmp_path / HOME / "published" / "v0002.json").read_text())["before"] == "v0001"
+
+
+class DiesAtThePointer(Store):
+    def put_atomic(self, path: str, data: bytes | Path) -> None:
+        if path.endswith("CURRENT"):
+            raise KeyboardInterrupt
+        super().put_atomic(path, data)
+
+
+def test_a_publication_that_dies_is_done_by_the_next_build_and_a_rollback_is_not_undone(store: Store) -> None:
+    made, settings = another(store, "v0002"), IndexConfig()
+    with pytest.raises(KeyboardInterrupt):
+        settle(DiesAtThePointer(store.root), made, settings, print)
+    assert current_version(store, HOME) == "v0001"
+    settle(store, made, settings, print)
+    assert current_version(store, HOME) == "v0002"
+    with pytest.raises(KeyboardInterrupt):
+        rollback(DiesAtThePointer(store.root), ENCODER, "image")
+    assert current_version(store, HOME) == "v0002" and rollback(store, ENCODER, "image").version == "v0001"
+    said: list[str] = []
+    settle(store, made, settings, said.append)
+    assert current_version(store, HOME) == "v0001" and "was rolled back" in said[0]

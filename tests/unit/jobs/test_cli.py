@@ -338,11 +338,11 @@ def test_releases_are_published_and_rolled_back(vecmill: Vecmill, released: Path
     said = vecmill("publish", "released", "--floor", "0.5")
     assert said.code == 0 and "v0002 is the current release" in said.err and states() == ["previous", "current"]
     said = vecmill("rollback", "released")
-    assert said.code == 0 and "v0001 is the current release" in said.err and states() == ["current", "published"]
+    assert said.code == 0 and "v0001 is the current release" in said.err and states() == ["current", "withdrawn"]
     said = vecmill("rollback", "released")
     assert said.code == 1 and "no release before v0001" in said.err and "Traceback" not in said.err
     said = vecmill("releases", "released")
-    assert re.search(r"v0002 +published .*recall@10 0.550", said.out)
+    assert re.search(r"v0002 +withdrawn .*recall@10 0.550", said.out)
 
 
 def test_an_index_that_is_not_published_prints_its_figures_and_says_why(
