@@ -106,10 +106,9 @@ def index_settings(named: NamedOutput, flags: dict[str, Any], assignments: list[
 
 
 def print_release(store: Store, release: Release) -> None:
-    from pipelines.index.publish import files_of
     from pipelines.index.report import rows_of
 
-    held = size(sum(files_of(release).values()))
+    held = size(sum(file.bytes for file in release.files))
     out.print(
         f"{release.folder}: {release.parts.rows:,} vectors in {len(release.shards)} index shards, {held}", markup=False
     )

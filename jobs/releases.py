@@ -50,8 +50,6 @@ def chosen(named: NamedOutput, encoder: str | None) -> str:
 
 
 def facts_of(listed: Listed) -> dict[str, Any]:
-    from pipelines.index.publish import files_of
-
     release = listed.release
     if release is None:
         return {"version": listed.version, "state": listed.state, "index_key": ""}
@@ -60,7 +58,7 @@ def facts_of(listed: Listed) -> dict[str, Any]:
         "state": listed.state,
         "made": release.made,
         "vectors": release.parts.rows,
-        "bytes": sum(files_of(release).values()),
+        "bytes": sum(file.bytes for file in release.files),
         "index_key": release.index_key,
         "search_params": release.search_params,
         "recall@10": release.recall.lowest_at_10,

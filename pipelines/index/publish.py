@@ -89,16 +89,10 @@ def rollback(store: Store, encoder: str, modality: str) -> Release:
 def require_files(store: Store, release: Release) -> None:
     """Raises: IndexBuildError where a file of the release is gone or not of its size."""
     sizes = dict(store.sizes(release.folder))
-    for file, size in files_of(release).items():
-        if (there := sizes.get(f"{release.folder}/{file}")) != size:
-            found = "gone" if there is None else f"of {there:,} bytes, not {size:,}"
-            raise IndexBuildError(f"{store.uri(release.folder)}/{file} is {found}", "Index again with --force.")
-
-
-def files_of(release: Release) -> dict[str, int]:
-    """Names of its index and side files, and their bytes."""
-    files = [file for shard in release.shards for file in (shard, shard.side) if file]
-    return {file.file: file.bytes for file in files}
+    for file in release.files:
+        if (there := sizes.get(f"{release.folder}/{file.file}")) != file.bytes:
+            found = "gone" if there is None else f"of {there:,} bytes, not {file.bytes:,}"
+            raise IndexBuildError(f"{store.uri(release.folder)}/{file.file} is {found}", "Index again with --force.")
 
 
 def obstacles(store: Store, release: Release, floor: float) -> Iterator[Obstacle]:

@@ -138,6 +138,10 @@ class Release(BaseModel):
     def folder(self) -> str:
         return f"{index_folder(self.encoder, self.modality)}/{self.version}"
 
+    @property
+    def files(self) -> list[IndexShard | SideFile]:
+        return [file for shard in self.shards for file in (shard, shard.side) if file]
+
 
 def index_folder(encoder: str, modality: str) -> str:
     return f"index/{encoder}/{modality}"

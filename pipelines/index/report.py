@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Sequence
 
 from pipelines.index.recall import DEPTHS
-from pipelines.index.release import CurvePoint, IndexShard, Release
+from pipelines.index.release import CurvePoint, Release
 
 
 def markdown(release: Release) -> str:
@@ -16,17 +16,12 @@ def markdown(release: Release) -> str:
 
 def _facts(release: Release) -> Iterator[str]:
     yield f"- made {release.made}: {release.parts.rows:,} vectors of {release.parts.dim} dimensions"
-    yield f"- {len(release.shards)} index shards, {sum(map(sum_bytes, release.shards)):,} bytes"
+    yield f"- {len(release.shards)} index shards, {sum(file.bytes for file in release.files):,} bytes"
     yield f"- key `{release.index_key}`, metric {release.metric}, parameters `{release.search_params or 'none'}`"
     for name, size in release.bytes_per_vector.items():
         held = release.rerank.coding.dtype if release.rerank and name == "rerank" else "the index itself"
         yield f"- {size:,.1f} bytes a vector: {name} ({held})"
     yield f"- {release.round_trips} sampled ids led back to their part, row, key and vector"
-
-
-def sum_bytes(shard: IndexShard) -> int:
-    """With its side file."""
-    return shard.bytes + (shard.side.bytes if shard.side else 0)
 
 
 def _recall(release: Release) -> Iterator[str]:
