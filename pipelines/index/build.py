@@ -59,7 +59,6 @@ Progress = Callable[[str], None]
 K = max(DEPTHS)
 CURVE_S = 0.3
 """Seconds that each of a curve's latencies is measured for."""
-SCORING_BYTES = 8 * BATCH_BYTES
 
 
 def build_index(
@@ -314,7 +313,8 @@ class Build:
     def scores(self, shards: list[IndexShard], asked: Any, tops: list[Top], coding: Coding) -> list[Vectors]:
         """Of each top's candidates by their stored vectors, NaN for none."""
         candidates: Any = ray.put([top.ids for top in tops])
-        task = score_task.options(memory=SCORING_BYTES)
+        # Candidates as they come, those of one index shard, and their scores; and a batch of vectors.
+        task = score_task.options(memory=4 * BATCH_BYTES + 3 * sum(top.ids.nbytes for top in tops))
         refs = [
             task.remote(self.store, self.folder, shard, coding, self.settings.metric, asked, candidates)
             for shard in shards
