@@ -14,8 +14,8 @@ from pipelines.index.parts import Parts, Vectors, batches, embeddings_folder, li
 from pipelines.index.probe import ask, open_with, probe
 from pipelines.index.recall import EXACT_METRICS, Top, exact, exact_of_several, merge
 from pipelines.index.release import Release, latest_or_none, read_release
+from pipelines.index.rerank import candidates, stored_vectors
 from pipelines.index.rerank import rerank as reranked
-from pipelines.index.rerank import stored_vectors
 from pipelines.index.trace import Origin, trace_standing
 from pipelines.record import FILE, read_record
 from pipelines.storage import Store
@@ -93,7 +93,7 @@ class Searcher:
             return exact_of_several(queries, batches(self.store, self.parts), self.parts.count, k)
         if self.exact:
             return exact(queries, batches(self.store, self.parts), k, self.metric)
-        wanted = k * max(1, self.rerank)
+        wanted = candidates(k, self.rerank) if self._stored else k
         found = merge((probe_shard(queries, wanted) for probe_shard in self._probes), wanted, self.metric)
         return reranked(queries, found, self._stored, k, self.metric) if self._stored else found
 

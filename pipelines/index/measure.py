@@ -17,7 +17,7 @@ from pipelines.index.probe import ask
 from pipelines.index.queries import Queries
 from pipelines.index.recall import DEPTHS, Top, merge, recall_at, without
 from pipelines.index.release import Coding, IndexShard, open_shard
-from pipelines.index.rerank import StoredVectors, decode, encode, rerank, rescored, scores_of
+from pipelines.index.rerank import StoredVectors, candidates, decode, encode, rerank, rescored, scores_of
 from pipelines.index.trace import trace_parts
 from pipelines.index.tune import apply
 from pipelines.storage import Store
@@ -93,12 +93,12 @@ def score(
     coding: Coding,
     metric: str,
     queries: Vectors,
-    candidates: Sequence[Ids],
+    asked: Sequence[Ids],
 ) -> list[Vectors]:
-    """Scores by the stored vectors of those candidates, int64 [q, n] each, that are in one index shard, else NaN."""
+    """Scores by the stored vectors of those asked for, int64 [q, n] each, that are in one index shard, else NaN."""
     stored = StoredVectors(store, folder, [shard], coding, queries.shape[1])
     end = shard.first_id + shard.rows
-    mine = [np.where((ids >= shard.first_id) & (ids < end), ids, -1) for ids in candidates]
+    mine = [np.where((ids >= shard.first_id) & (ids < end), ids, -1) for ids in asked]
     return [scores_of(queries, ids, stored, metric) for ids in mine]
 
 
@@ -216,7 +216,7 @@ class Found:
 
     def _best(self, k: int) -> Top:
         assert self.scores is not None
-        wanted = k * self.factor
+        wanted = candidates(k, self.factor)
         return rescored(self.top.ids[:, :wanted], self.scores[:, :wanted], k, self.metric)
 
 

@@ -27,10 +27,19 @@ from pipelines.storage import Store
 GAP_BYTES = 256 * 2**10
 """Bytes between two vectors up to which one request reads both: about what a store sends while it answers another."""
 SPAN_BYTES = 4 * 2**20
+LEAST_HITS = 10
 _LARGEST_CODE = 127
 _BYTES = {"float16": 2, "int8": 1}
 
 Rows = Callable[[Ids], "NDArray[Any]"]
+
+
+def candidates(k: int, factor: int) -> int:
+    """How many are scored again for k hits: k × factor, and for fewer than 10 hits as many as for 10.
+
+    The nearest of all is as easily beyond ten candidates of codes as the tenth is beyond a hundred.
+    """
+    return max(k, LEAST_HITS) * factor
 
 
 def rerank_dtype(key: str, settings: IndexConfig) -> str:

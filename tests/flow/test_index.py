@@ -166,8 +166,8 @@ def test_re_ranking_is_measured_reported_and_on_by_default(output: Path, release
     assert all(reranked[name] >= alone[name] for name in alone) and reranked["recall@10"] > alone["recall@10"] + 0.1
     assert release.rerank and release.rerank.factor == 10 and release.rerank.query_ms > 0
     assert release.bytes_per_vector["rerank"] == pytest.approx(2 * DIM, rel=0.02)
-    assert release.search_params in [point.search_params for point in release.curve] and len(release.curve) >= 3
-    assert [point.recall["text"] for point in release.curve] == sorted(point.recall["text"] for point in release.curve)
+    assert release.search_params in [point.search_params for point in release.curve] and len(release.curve) >= 2
+    assert all(point.reranked["text"] > point.recall["text"] and point.query_ms > 0 for point in release.curve)
     assert release.round_trips == 64
     report = (output / release.folder / "report.md").read_text()
     assert f"{reranked['recall@10']:.3f}" in report and all(point.search_params in report for point in release.curve)

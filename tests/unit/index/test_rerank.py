@@ -175,6 +175,12 @@ def test_search_re_ranks_where_it_can(tmp_path: Path, dtype: str, metric: str) -
         np.testing.assert_allclose(found.scores[:, 0], whole.scores[:, 0], atol=1e-5)
 
 
+def test_the_nearest_alone_is_sought_among_as_many_candidates_as_ten_are(tmp_path: Path) -> None:
+    made = Lossy(tmp_path)
+    searcher = Searcher(made.store)
+    np.testing.assert_array_equal(searcher.nearest(made.queries, 1).ids, searcher.nearest(made.queries, 10).ids[:, :1])
+
+
 def test_an_index_without_stored_vectors_is_searched_as_it_is(tmp_path: Path) -> None:
     made = Lossy(tmp_path)
     bare = made.release.model_copy(
