@@ -15,6 +15,7 @@ from jobs.embed import embed, plan
 from jobs.encoders import app as encoders
 from jobs.fit import fit
 from jobs.index import index
+from jobs.releases import publish, releases, rollback
 from jobs.search import search
 from jobs.signals import Stopped, received, stoppable
 from jobs.status import status
@@ -29,14 +30,14 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-for verb in (plan, embed, index, search, fit, status, verify, collect, demo):
+for verb in (plan, embed, index, releases, publish, rollback, search, fit, status, verify, collect, demo):
     app.command()(verb)
 app.add_typer(encoders, name="encoders")
 
 
 def main() -> None:
     """Exit codes: 0 done, 1 failed, 2 usage or configuration, 3 finished but above the reject ceiling, 4 held by
-    another run, 130 and 143 stopped."""
+    another run, 5 a release is built but not published, 130 and 143 stopped."""
     with stoppable():
         try:
             app()

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -19,8 +19,12 @@ from jobs.options import (
     named_output,
 )
 from pipelines.config import IndexConfig, validate
+from pipelines.observe import duration
 from pipelines.record import read_record
 from pipelines.storage import Store
+
+if TYPE_CHECKING:
+    from pipelines.index.release import Release
 
 IndexKey = Annotated[
     str | None, typer.Option(help="FAISS factory string, as in OPQ64_256,IVF4096,PQ64x8; chosen if left out.")
@@ -29,6 +33,15 @@ Metric = Annotated[str | None, typer.Option(help="ip (inner product) or l2.")]
 Shards = Annotated[int | None, typer.Option(help="Index shards, each filled by one task.")]
 Memory = Annotated[str | None, typer.Option("--max-index-memory", help="Memory budget of one index shard, as in 4G.")]
 Latency = Annotated[float | None, typer.Option("--max-query-ms", help="Latency target of one query.")]
+Rerank = Annotated[
+    str | None,
+    typer.Option(
+        help="Vectors stored to re-score with: float16, int8 or none; float16 for indexes of codes if left out."
+    ),
+]
+Floor = Annotated[
+    float | None, typer.Option(help="recall@10, re-ranked, below which a release is not published; 0.9 if left out.")
+]
 Seed = Annotated[int | None, typer.Option(help="Of the training sample and the queries.")]
 Force = Annotated[bool, typer.Option("--force", help="Build again although nothing has changed.")]
 
@@ -42,16 +55,22 @@ def index(
     shards: Shards = None,
     max_index_memory: Memory = None,
     max_query_ms: Latency = None,
+    rerank: Rerank = None,
+    floor: Floor = None,
     seed: Seed = None,
     set: Set = None,
     address: Address = None,
     force: Force = False,
 ) -> None:
-    """Train and fill a sharded FAISS index over an output's embeddings, and measure its recall.
+    """Train and fill a sharded FAISS index over an output's embeddings, measure its recall, and publish it.
+
+    The exit code is 5 where the release is built but not published: its recall is below the floor, more items were
+    rejected than the ceiling allows, or counts do not agree.
 
     Example: vecmill index s3://bucket/emb --shards 8 --max-index-memory 4G
     """
     from pipelines.index.build import build_index
+    from pipelines.index.publish import NotPublishedError
     from pipelines.search import choose_encoder
 
     named = named_output(output)
@@ -62,13 +81,19 @@ def index(
         "shards": shards,
         "max_index_memory": max_index_memory,
         "max_query_ms": max_query_ms,
+        "rerank": rerank,
+        "floor": floor,
         "seed": seed,
     }
     settings = index_settings(named, flags, set)
     with connected(address or (named.recipe.cluster.address if named.recipe else None)):
-        release = build_index(
-            named.store, folder, modality, settings, lambda line: err.print(line, markup=False), force
-        )
+        try:
+            release = build_index(
+                named.store, folder, modality, settings, lambda line: err.print(line, markup=False), force
+            )
+        except NotPublishedError as barred:
+            print_release(named.store, barred.release)
+            raise
     print_release(named.store, release)
 
 
@@ -80,12 +105,22 @@ def index_settings(named: NamedOutput, flags: dict[str, Any], assignments: list[
     return validate(IndexConfig, {**section, **chosen})
 
 
-def print_release(store: Store, release: Any) -> None:
-    rows = sum(shard.rows for shard in release.shards)
-    held = size(sum(shard.bytes for shard in release.shards))
-    out.print(f"{release.folder}: {rows:,} vectors in {len(release.shards)} index shards, {held}", markup=False)
+def print_release(store: Store, release: Release) -> None:
+    from pipelines.index.report import rows_of
+
+    held = size(sum(file.bytes for file in release.files))
+    out.print(
+        f"{release.folder}: {release.parts.rows:,} vectors in {len(release.shards)} index shards, {held}", markup=False
+    )
     out.print(f"  key     {release.index_key}  {release.search_params}  ({release.metric})", markup=False)
-    for kind, figures in release.recall.figures.items():
-        shown = "  ".join(f"{name} {value:.3f}" for name, value in figures.items())
-        out.print(f"  recall  {kind} queries ({release.recall.queries[kind]:,}): {shown}", markup=False)
-    out.print(f"  files   {store.uri(release.folder)}", markup=False)
+    for kind, count in release.recall.queries.items():
+        for how, figures, ms, each in rows_of(release, kind):
+            shown = "  ".join(f"{name} {value:.3f}" for name, value in figures.items())
+            out.print(
+                f"  recall  {kind} queries ({count:,}), {how}: {shown}  {ms:.2f} ms  {each:,.0f} bytes a vector",
+                markup=False,
+            )
+    took = ", ".join(f"{stage} {duration(seconds)}" for stage, seconds in release.seconds.items())
+    out.print(f"  time    {took}", markup=False)
+    out.print(f"  ids     {release.round_trips} sampled ids led back to their row, key and vector", markup=False)
+    out.print(f"  files   {store.uri(release.folder)}, figures and curve in report.md", markup=False)

@@ -29,6 +29,17 @@ QueriesFile = Annotated[
     ),
 ]
 Exact = Annotated[bool, typer.Option("--exact", help="Compare with every vector; needs no index.")]
+Metric = Annotated[
+    str | None, typer.Option(help="Of --exact: ip, l2, cosine or l1; that of the index, or else ip, if left out.")
+]
+Rerank = Annotated[
+    int | None,
+    typer.Option(
+        min=0,
+        help="Score so many candidates for each hit again with their stored vectors, 0 for none; as the index was "
+        "measured with if left out.",
+    ),
+]
 Count = Annotated[int, typer.Option("-k", min=1, help="Hits for each query.")]
 Weight = Annotated[float, typer.Option(min=0, max=1, help="Share of the text where a query has both.")]
 Version = Annotated[str | None, typer.Option(help="Release to search; the current one if left out.")]
@@ -42,6 +53,8 @@ def search(
     modality: ModalityFlag = "image",
     encoder: EncoderFolder = None,
     exact: Exact = False,
+    metric: Metric = None,
+    rerank: Rerank = None,
     k: Count = 10,
     text_weight: Weight = 0.5,
     release: Version = None,
@@ -56,7 +69,8 @@ def search(
 
     asked = asked_queries(text, image, queries)
     named = named_output(output)
-    searcher = Searcher(named.store, encoder or named.encoder, modality, release, exact, resident=False)
+    folder = encoder or named.encoder
+    searcher = Searcher(named.store, folder, modality, release, exact, metric, resident=False, rerank=rerank)
     vectors = embed_queries(query_spec(named.store, searcher.encoder), asked, text_weight, searched=modality)
     found = searcher.search(vectors, k, lambda line: err.print(line, markup=False))
     for query, hits in zip(asked, found, strict=True):

@@ -160,6 +160,14 @@ class IndexConfig(Section):
     shards: PositiveInt | Auto = Field("auto", description="index shards; auto: one per 10 million vectors")
     train_vectors: PositiveInt | Auto = Field("auto", description="vectors sampled for training; auto: 100 per cluster")
     recall_queries: int = Field(1_000, ge=1, description="queries that recall is measured with")
+    rerank: Literal["auto", "float16", "int8", "none"] = Field(
+        "auto", description="stored vectors that search re-scores with; auto: float16 where the index holds codes alone"
+    )
+    rerank_factor: int = Field(10, ge=1, description="candidates re-scored for each hit asked for")
+    floor: float = Field(
+        0.9, ge=0, le=1, description="recall@10, re-ranked, below which a release is built and not published"
+    )
+    keep: int = Field(3, ge=1, description="releases older than the current one that publishing leaves")
     seed: int = Field(0, ge=0)
 
 

@@ -12,8 +12,10 @@ from pipelines.contracts import Modality
 from pipelines.errors import ConfigError, InputError
 from pipelines.index.parts import Parts, Vectors, batches, embeddings_folder, list_parts
 from pipelines.index.probe import ask, open_with, probe
-from pipelines.index.recall import Top, exact, exact_of_several, merge
+from pipelines.index.recall import EXACT_METRICS, Top, exact, exact_of_several, merge
 from pipelines.index.release import Release, latest_or_none, read_release
+from pipelines.index.rerank import candidates, stored_vectors
+from pipelines.index.rerank import rerank as reranked
 from pipelines.index.trace import Origin, trace_standing
 from pipelines.record import FILE, read_record
 from pipelines.storage import Store
@@ -23,7 +25,7 @@ Probe = Callable[[Vectors, int], Top]
 
 @dataclass(frozen=True)
 class Hit(Origin):
-    """One item found, and where it comes from. score: inner product, or squared L2 distance."""
+    """One item found, and where it comes from. score: inner product, cosine, squared L2 or L1 distance."""
 
     score: float
 
@@ -33,10 +35,11 @@ class Searcher:
 
     encoder: its folder in `embeddings/`; may be left out where the output has one. release: a
     version, else the current one. exact: compares every vector there is now (with a release, every
-    vector it was made of) with the query, a batch at a time, and needs no index; `metric` says how
-    where there is no release. params: FAISS search parameters in place of the release's. resident:
-    holds every index shard from the start; else a search opens one after the other, with memory for
-    one.
+    vector it was made of) with the query, a batch at a time, and needs no index; `metric` says how, by
+    ip, l2, cosine or l1, the release's or else ip where left out. params: FAISS search parameters in place of the
+    release's. resident: holds every index shard from the start; else a search opens one after the other, with
+    memory for one. rerank: for each hit so many candidates are scored again with their stored vectors, 0 for none;
+    where left out, as many as the release was measured with, if it has stored vectors.
     Raises: ConfigError for an encoder that is not there, IndexBuildError for an index that is not.
     """
 
@@ -47,16 +50,21 @@ class Searcher:
         modality: Modality = "image",
         release: str | None = None,
         exact: bool = False,
-        metric: str = "ip",
+        metric: str | None = None,
         params: str | None = None,
         resident: bool = True,
+        rerank: int | None = None,
     ) -> None:
+        require_fitting(exact, metric, rerank)
         self.store, self.modality, self.exact = store, modality, exact
         self.encoder = choose_encoder(store, encoder)
         self.release = self._release(release)
-        self.metric = self.release.metric if self.release else metric
+        self.metric = metric or (self.release.metric if self.release else "ip")
         self.parts = self.release.parts if self.release and (release or not exact) else self._parts_now()
-        self._probes = shard_probes(store, self.release, params, resident) if self.release and not exact else []
+        searched = None if exact else self.release
+        self.rerank = rerank_factor(searched, rerank)
+        self._stored = stored_vectors(store, searched) if searched and self.rerank else None
+        self._probes = shard_probes(store, searched, params, resident) if searched else []
 
     def _release(self, version: str | None) -> Release | None:
         if self.exact and version is None:
@@ -81,10 +89,21 @@ class Searcher:
                 "Embed them with the output's own encoder.",
             )
         if self.parts.count > 1 or queries.ndim == 3:
+            self._require_inner_product()
             return exact_of_several(queries, batches(self.store, self.parts), self.parts.count, k)
         if self.exact:
             return exact(queries, batches(self.store, self.parts), k, self.metric)
-        return merge((probe_shard(queries, k) for probe_shard in self._probes), k, self.metric)
+        wanted = candidates(k, self.rerank) if self._stored else k
+        found = merge((probe_shard(queries, wanted) for probe_shard in self._probes), wanted, self.metric)
+        return reranked(queries, found, self._stored, k, self.metric) if self._stored else found
+
+    def _require_inner_product(self) -> None:
+        if self.metric != "ip":
+            raise ConfigError(
+                f"embeddings/{self.encoder}/{self.modality} has several vectors an item, which are compared by inner "
+                f"product, not {self.metric}",
+                "Leave --metric out.",
+            )
 
     def search(self, queries: Vectors, k: int = 10, warn: Callable[[str], None] = lambda line: None) -> list[list[Hit]]:
         """For each query, float32 [q, dim], its k nearest items, best first; fewer where there are fewer.
@@ -102,6 +121,28 @@ class Searcher:
             [Hit(**vars(origins[id]), score=score) for id, score in zip(*row, strict=True) if id in origins]
             for row in zip(top.ids.tolist(), top.scores.tolist(), strict=True)
         ]
+
+
+def require_fitting(exact: bool, metric: str | None, rerank: int | None) -> None:
+    """Raises: ConfigError for a metric that is none, or that an index was not built for, and for re-ranking what is
+    exact."""
+    if metric and metric not in EXACT_METRICS:
+        raise ConfigError(f"--metric {metric} is not known", f"Known: {', '.join(EXACT_METRICS)}.")
+    if metric and not exact:
+        raise ConfigError("An index compares by the metric it was built for", "--metric goes with --exact.")
+    if exact and rerank:
+        raise ConfigError("Exact search has nothing to re-rank", "--rerank goes without --exact.")
+
+
+def rerank_factor(release: Release | None, asked: int | None) -> int:
+    """Candidates for each hit, 0 for no re-ranking. Raises: ConfigError where it is asked for and cannot be."""
+    has = release.rerank if release else None
+    if asked and not has:
+        raise ConfigError(
+            f"{release.folder if release else 'The index'} has no stored vectors to re-rank with",
+            "Build it with --rerank float16 or int8, or search with --rerank 0.",
+        )
+    return (has.factor if has else 0) if asked is None else asked
 
 
 def shard_probes(store: Store, release: Release, params: str | None, resident: bool) -> list[Probe]:

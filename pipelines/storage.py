@@ -15,7 +15,7 @@ import shutil
 import tempfile
 import uuid
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass, field
@@ -122,6 +122,26 @@ class Store:
             return self.read(path, is_whole)
         except FileNotFoundError:
             return None
+
+    def read_ranges(self, path: str, ranges: Sequence[tuple[int, int]]) -> list[bytes]:
+        """The bytes of an object from start to stop, for each (start, stop), at once where the store can.
+
+        Raises: FileNotFoundError.
+        """
+        fs, bare = self._fs(path)
+        starts, stops = [start for start, _ in ranges], [stop for _, stop in ranges]
+
+        def cat() -> list[bytes]:
+            found = [bytes(data) for data in fs.cat_ranges([bare] * len(ranges), starts, stops, on_error="raise")]
+            if [len(data) for data in found] != [stop - start for start, stop in ranges]:
+                raise OSError(errno.EIO, "less came than was asked for")
+            return found
+
+        return retrying(cat, f"Cannot read {self.uri(path)}")
+
+    def local_path(self, path: str) -> Path | None:
+        """Where the object is on this machine's disks; None where it is elsewhere."""
+        return Path(self._fs(path)[1]) if is_local(self.uri(path)) else None
 
     def open(self, path: str, listed: bool = False) -> io.BufferedReader:
         """A seekable stream that resumes where a broken connection left it. listed: as for `read`."""

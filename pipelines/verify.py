@@ -8,7 +8,8 @@ from collections.abc import Iterator
 
 from pipelines.collect import leftovers, totals
 from pipelines.contracts import SAMPLES_FAMILY
-from pipelines.ledger import COMMITS, Commit, CommitRef, Part, list_commits, read_commits, staged
+from pipelines.index.release import finished, index_folder, read_release
+from pipelines.ledger import COMMITS, Commit, CommitRef, list_commits, read_commits, staged
 from pipelines.storage import COPY_BYTES, Store
 
 
@@ -26,9 +27,25 @@ def problems(store: Store, deep: bool = False) -> Iterator[str]:
         for commit in read_commits(store, refs):
             yield from _of_counts(commit)
             yield from _of_parts(store, commit, sizes, deep)
+    yield from _of_releases(store, deep)
     for kind, (objects, _) in totals(leftovers(store)).items():
         if kind != "retired":
             yield f"{objects:,} {kind} objects that nothing names: of a run that is at work, or for `vecmill collect`"
+
+
+def _of_releases(store: Store, deep: bool) -> Iterator[str]:
+    """Index and side files of every release, published or not."""
+    homes = sorted({tuple(name.split("/")[:2]) for name in store.names("index") if name.count("/") > 1})
+    for encoder, modality in homes:
+        for version in finished(store, index_folder(encoder, modality)):
+            release = read_release(store, encoder, modality, version)
+            sizes = dict(store.sizes(release.folder))
+            for file in release.files:
+                path = f"{release.folder}/{file.file}"
+                if sizes.get(path) != file.bytes:
+                    yield f"{path} is missing or of another size than its manifest says; index again with --force"
+                elif deep and _digest(store, path) != file.sha256:
+                    yield f"{path} is damaged: its checksum is not that of its manifest"
 
 
 def _doubles(family: str, refs: list[CommitRef]) -> Iterator[str]:
@@ -44,7 +61,7 @@ def _of_parts(store: Store, commit: Commit, sizes: dict[str, int], deep: bool) -
             yield f"{part.final} is missing; {_remedy(store, commit)}"
         elif sizes[part.final] != part.bytes:
             yield f"{part.final} has {sizes[part.final]:,} bytes; its commit says {part.bytes:,}"
-        elif deep and _digest(store, part) != part.sha256:
+        elif deep and _digest(store, part.final) != part.sha256:
             yield f"{part.final} is damaged: its checksum is not that of its commit"
 
 
@@ -66,9 +83,9 @@ def _of_counts(commit: Commit) -> Iterator[str]:
         yield f"{commit.ref.path}: {samples:,} rows in its part, {commit.rows:,} counted"
 
 
-def _digest(store: Store, part: Part) -> str:
+def _digest(store: Store, path: str) -> str:
     digest = hashlib.sha256()
-    with store.open(part.final) as stream:
+    with store.open(path) as stream:
         while data := stream.read(COPY_BYTES):
             digest.update(data)
     return digest.hexdigest()

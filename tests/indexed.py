@@ -10,6 +10,7 @@ import pyarrow.parquet as pq
 
 from pipelines.contracts import SAMPLES_PART, Modality, VectorSpec, embedding_part
 from pipelines.encoders.base import EncoderSpec
+from pipelines.ledger import Commit, Counts, Part
 from pipelines.record import EncoderRecord, RunRecord, read_record, write_record
 from pipelines.storage import Store
 
@@ -68,7 +69,8 @@ def write_run(store: Store, encoder: str, dim: int, dtype: str) -> None:
         batch_size=8,
         versions={},
     )
-    write_record(store, RunRecord(encoders={**read_record(store).encoders, encoder: record}))
+    settings = {"write": {"reject_ceiling": 0.2}}
+    write_record(store, RunRecord(encoders={**read_record(store).encoders, encoder: record}, settings=settings))
 
 
 def shard_id(at: int) -> str:
@@ -99,6 +101,7 @@ def write_shard(
         row_group,
     )
     _write(root / "embeddings" / encoder / "text" / name, "text", at, captions, texts, dtype, row_group)
+    write_commit(root, encoder, at, generation, rows, {"image": len(kept), "text": len(captions)})
     samples = pa.table(
         {
             "shard": [shard_id(at)] * rows,
@@ -118,6 +121,37 @@ def write_shard(
     target = root / "samples" / name
     target.parent.mkdir(parents=True, exist_ok=True)
     pq.write_table(samples, target, row_group_size=row_group)
+
+
+def write_commit(root: Path, encoder: str, at: int, generation: int, rows: int, embedded: dict[str, int]) -> None:
+    """That names the parts, as the ledger has it of a finished shard."""
+    names = {modality: f"embeddings/{encoder}/{modality}/{part_name(at, generation)}" for modality in embedded}
+    commit = Commit(
+        family=encoder,
+        shard=shard_id(at),
+        version=VERSION,
+        generation=generation,
+        uri=f"photos-{at:05d}.tar",
+        fingerprint="f" * 64,
+        attempt="a",
+        rows=rows,
+        parts=[
+            Part(
+                dataset=f"embeddings/{encoder}/{modality}",
+                staged=f"staging/{final}",
+                final=final,
+                rows=embedded[modality],
+                bytes=(root / final).stat().st_size,
+                sha256="",
+            )
+            for modality, final in names.items()
+        ],
+        counts={
+            "image": Counts(items=rows, embedded=embedded["image"], rejected=rows - embedded["image"]),
+            "text": Counts(items=embedded["text"], embedded=embedded["text"]),
+        },
+    )
+    Store(str(root)).put_atomic(commit.ref.path, commit.model_dump_json().encode())
 
 
 def key_of(at: int, row: int) -> str:

@@ -1,4 +1,4 @@
-"""The Ray tasks of a build, each on a run of parts: read what was picked, fill an index shard, probe it."""
+"""The Ray tasks of a build, each on a run of parts: read what was picked, fill an index shard, ask it."""
 
 from __future__ import annotations
 
@@ -10,10 +10,12 @@ import faiss
 import numpy as np
 import ray
 
+from pipelines.index.measure import answer, score
 from pipelines.index.parts import Parts, Vectors, batches
-from pipelines.index.probe import probe
 from pipelines.index.recall import Top, empty_top, exact_in_batch, merge
-from pipelines.index.release import IndexShard, load_index, sha256_of
+from pipelines.index.release import Coding, IndexShard, SideFile, load_index, sha256_of
+from pipelines.index.rerank import SideWriter
+from pipelines.index.room import require_free_disk
 from pipelines.index.train import read_picked
 from pipelines.observe import peak_memory_mib
 from pipelines.storage import Store, scratch_folder
@@ -31,30 +33,52 @@ class Filled:
     peak_mib: float
 
 
-def fill(store: Store, parts: Parts, trained: str, target: str, queries: Vectors, k: int, metric: str) -> Filled:
+def fill(
+    store: Store,
+    parts: Parts,
+    trained: str,
+    target: str,
+    queries: Vectors,
+    k: int,
+    metric: str,
+    coding: Coding | None = None,
+    scratch_bytes: int = 0,
+) -> Filled:
     """One index shard from a run of parts, put at `target`; memory for it and one batch.
 
     trained: path of the empty trained index. queries: float32 [q, dim], compared with every vector
-    that goes by. Putting the same shard twice does no harm, so Ray may retry.
+    that goes by. coding: the vectors go, as it says, into a side file beside the target. scratch_bytes: of local
+    disk, without which it does not begin. Putting the same shard twice does no harm, so Ray may retry.
     """
     index, _ = load_index(store, trained)
     truth = empty_top(len(queries))
-    for first, batch in batches(store, parts):
-        index.add_with_ids(batch, np.arange(first, first + len(batch)))
-        truth = merge([truth, exact_in_batch(queries, first, batch, k, metric)], k, metric)
-    return Filled(_put(store, index, target, parts.ranges[0].offset), truth, peak_memory_mib())
-
-
-def _put(store: Store, index: Any, target: str, first_id: int) -> IndexShard:
     with scratch_folder() as scratch:
-        local = Path(scratch) / "shard.faiss"
-        faiss.write_index(index, str(local))
-        store.put_atomic(target, local)
-        name = target.rpartition("/")[2]
-        size = local.stat().st_size
-        return IndexShard(file=name, first_id=first_id, rows=index.ntotal, bytes=size, sha256=sha256_of(local))
+        require_free_disk(Path(scratch), scratch_bytes)
+        side = SideWriter(Path(scratch) / "side.npy", coding, parts.rows, parts.dim) if coding else None
+        for first, batch in batches(store, parts):
+            index.add_with_ids(batch, np.arange(first, first + len(batch)))
+            truth = merge([truth, exact_in_batch(queries, first, batch, k, metric)], k, metric)
+            if side:
+                side.add(batch)
+        written = side.put(store, f"{target.removesuffix('.faiss')}.npy") if side else None
+        shard = _put(store, index, target, parts.ranges[0].offset, Path(scratch) / "shard.faiss", written)
+    return Filled(shard, truth, peak_memory_mib())
+
+
+def _put(store: Store, index: Any, target: str, first_id: int, local: Path, side: SideFile | None) -> IndexShard:
+    faiss.write_index(index, str(local))
+    store.put_atomic(target, local)
+    return IndexShard(
+        file=target.rpartition("/")[2],
+        first_id=first_id,
+        rows=index.ntotal,
+        bytes=local.stat().st_size,
+        sha256=sha256_of(local),
+        side=side,
+    )
 
 
 fill_task = ray.remote(num_cpus=1)(fill)
-probe_task = ray.remote(num_cpus=1)(probe)
+answer_task = ray.remote(num_cpus=1)(answer)
+score_task = ray.remote(num_cpus=1)(score)
 read_task = ray.remote(num_cpus=1)(read_picked)

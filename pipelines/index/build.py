@@ -1,38 +1,55 @@
-"""The build, top-down: choose → read → train → add → tune → recall → release."""
+"""The build, top-down: choose → read → train → add → tune → recall → release → publish."""
 
 from __future__ import annotations
 
 import uuid
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import faiss
+import numpy as np
 import ray
 
 from pipelines.config import IndexConfig
 from pipelines.contracts import Modality
-from pipelines.errors import ConfigError, IndexBuildError, VecmillError
-from pipelines.index.add import fill_task, probe_task, read_task
-from pipelines.index.parts import Parts, Vectors, embeddings_folder, list_parts
+from pipelines.errors import ConfigError, VecmillError
+from pipelines.index.add import answer_task, fill_task, read_task, score_task
+from pipelines.index.choose import holds_codes
+from pipelines.index.measure import CURVE_K, Ask, Found, draw_samples, merged, require_whole, rerank_ms
+from pipelines.index.parts import BATCH_BYTES, Parts, Vectors, embeddings_folder, list_parts
 from pipelines.index.plan import Plan, make_plan
+from pipelines.index.publish import publish
 from pipelines.index.queries import Queries, caption_queries, split_sample
-from pipelines.index.recall import DEPTHS, Top, merge, recall_of, without
+from pipelines.index.recall import DEPTHS, Top, merge, without
 from pipelines.index.release import (
+    REPORT,
+    Coding,
+    CurvePoint,
     IndexShard,
     Recall,
     Release,
+    Rerank,
     claim_version,
+    current_version,
     finish,
     index_folder,
-    latest_or_none,
+    newest_or_none,
+    number_of,
     open_shard,
+    publication,
     unfinished,
 )
+from pipelines.index.report import markdown
+from pipelines.index.rerank import StoredVectors, learn_coding
+from pipelines.index.room import require_room
 from pipelines.index.train import train
-from pipelines.index.tune import apply, query_ms, tune
+from pipelines.index.tune import apply, around, query_ms, tune
 from pipelines.lease import held
 from pipelines.observe import Clock, peak_memory_mib
 from pipelines.record import read_record
@@ -40,6 +57,8 @@ from pipelines.storage import Store, scratch_folder
 
 Progress = Callable[[str], None]
 K = max(DEPTHS)
+CURVE_S = 0.3
+"""Seconds that each of a curve's latencies is measured for."""
 
 
 def build_index(
@@ -52,19 +71,20 @@ def build_index(
 ) -> Release:
     """A new release of embeddings/<encoder>/<modality>, or the current one where nothing has changed since.
 
+    It becomes the current one unless something bars it (`obstacles`), or a later build's is that already.
     Needs an initialised Ray. Memory: here the training sample, in each task one index shard and one
-    batch of vectors. Raises: ConfigError, IndexBuildError.
+    batch of vectors. Raises: ConfigError, IndexBuildError, NotPublishedError.
     """
     fingerprint = recorded_fingerprint(store, encoder)
-    latest = latest_or_none(store, encoder, modality)
+    latest = newest_or_none(store, encoder, modality)
     before = [part.name for part in latest.parts.ranges] if latest else []
     parts = list_parts(store, embeddings_folder(encoder, modality), before)
     if latest and not force and is_current(latest, parts, settings, fingerprint):
         progress(f"{latest.folder} is up to date: the same parts and settings (--force builds it again)")
-        return latest
+        return settle(store, latest, settings, progress)
     require_one_vector(parts, encoder, modality)
     plan = make_plan(parts, settings)
-    require_room(plan)
+    require_room(plan, store)
     # A name of its own: two builds may run at once, but nothing may be collected under them.
     with held(store, f"index/{encoder}.{modality}.{uuid.uuid4().hex[:12]}", "index", say=progress):
         return _publish(Build(store, encoder, modality, plan, settings), latest, fingerprint, progress)
@@ -95,8 +115,22 @@ def _publish(build: Build, latest: Release | None, fingerprint: str, progress: P
         raise
     finally:
         build.store.delete_folder(build.staging)
-    finish(build.store, release)
-    progress(f"{release.folder} is the current release")
+    finish(build.store, release, publish=False)
+    return settle(build.store, release, build.settings, progress)
+
+
+def settle(store: Store, release: Release, settings: IndexConfig, progress: Progress) -> Release:
+    """Publishes the newest release, unless it was so before: what was rolled back does not come again by itself."""
+    home = index_folder(release.encoder, release.modality)
+    current = current_version(store, home)
+    if current and number_of(current) > number_of(release.version):
+        progress(f"{current}, which another build began later, is the current release")
+    elif current != release.version:
+        known = publication(store, home, release.version)
+        if known and known.withdrawn:
+            progress(f"{current} is the current release: {release.version} was, and was rolled back")
+        else:
+            publish(store, release, settings.floor, settings.keep, progress)
     return release
 
 
@@ -122,19 +156,13 @@ def recorded_fingerprint(store: Store, encoder: str) -> str:
 
 
 def is_current(latest: Release, parts: Parts, settings: IndexConfig, fingerprint: str) -> bool:
-    made_by = (latest.parts, latest.settings, latest.fingerprint)
-    return made_by == (parts, settings.model_dump(mode="json"), fingerprint)
+    made_by = (latest.parts, _building(latest.settings), latest.fingerprint)
+    return made_by == (parts, _building(settings.model_dump(mode="json")), fingerprint)
 
 
-def require_room(plan: Plan) -> None:
-    """Raises: IndexBuildError where no node of the cluster has the memory for a task, which would wait for ever."""
-    nodes: list[dict[str, Any]] = ray.nodes()  # type: ignore[no-untyped-call]
-    room = max((node["Resources"].get("memory", 0) for node in nodes if node["Alive"]), default=0)
-    if plan.task_bytes > room:
-        raise IndexBuildError(
-            f"Filling an index shard needs {plan.task_bytes:,} bytes; the cluster's largest node gives {room:,.0f}",
-            "Raise index.shards, choose a smaller index.index_key, or add memory.",
-        )
+def _building(settings: dict[str, Any]) -> dict[str, Any]:
+    """Without those that decide what becomes of a release."""
+    return {name: value for name, value in settings.items() if name not in ("floor", "keep")}
 
 
 class Build:
@@ -165,14 +193,15 @@ class Build:
             sample, queries = self.read(progress)
         with self.stage("train"):
             trained = self.train(sample)
+            coding = learn_coding(self.plan.rerank, sample if len(sample) else queries.kinds[self.modality])
         del sample
         with self.stage("add"):
-            shards, truth = self.add(trained, queries, progress)
+            shards, truth = self.add(trained, queries, coding, progress)
         with self.stage("tune"):
-            params, query_ms = self.tune(shards[0], queries)
+            tuned = self.tune(shards[0], queries)
         with self.stage("recall"):
-            measured = self.recall(shards, params, queries, truth)
-        return Release(
+            measured = self.measure(shards, tuned, queries, truth, coding)
+        release = Release(
             version=self.version,
             id_space=id_space,
             encoder=self.encoder,
@@ -180,17 +209,21 @@ class Build:
             fingerprint=fingerprint,
             metric=self.settings.metric,
             index_key=self.plan.key,
-            search_params=params,
-            query_ms=query_ms,
+            search_params=tuned.params,
+            query_ms=tuned.query_ms,
             parts=self.plan.parts,
             shards=tuple(shards),
-            recall=measured,
             settings=self.settings.model_dump(mode="json"),
             seed=self.settings.seed,
             seconds=self.seconds,
             peak_mib=self.peak_mib,
             versions=versions(),
+            made=f"{datetime.now(UTC):%Y-%m-%d %H:%M:%S} UTC",
+            bytes_per_vector=bytes_per_vector(shards),
+            **measured,
         )
+        self.store.put_atomic(f"{self.folder}/{REPORT}", markdown(release).encode())
+        return release
 
     def read(self, progress: Progress) -> tuple[Vectors, Queries]:
         """The training sample, float32 [n, dim], and the queries; each part's share read in its run's task."""
@@ -215,14 +248,16 @@ class Build:
             self.store.put_atomic(path, local)
         return path
 
-    def add(self, trained: str, queries: Queries, progress: Progress) -> tuple[list[IndexShard], Top]:
-        task = fill_task.options(memory=self.plan.task_bytes)
+    def add(
+        self, trained: str, queries: Queries, coding: Coding | None, progress: Progress
+    ) -> tuple[list[IndexShard], Top]:
+        task: Any = fill_task.options(memory=self.plan.task_bytes)
         asked = ray.put(queries.vectors)
+        targets = [f"{self.folder}/shard-{at:04d}.faiss" for at in range(len(self.plan.runs))]
+        scratch, metric = self.plan.scratch_bytes, self.settings.metric
         refs = [
-            task.remote(
-                self.store, parts, trained, f"{self.folder}/shard-{at:04d}.faiss", asked, K + 1, self.settings.metric
-            )
-            for at, parts in enumerate(self.plan.run_parts())
+            task.remote(self.store, parts, trained, target, asked, K + 1, metric, coding, scratch)
+            for parts, target in zip(self.plan.run_parts(), targets, strict=True)
         ]
         filled = []
         for ref in refs:
@@ -231,7 +266,7 @@ class Build:
         self.peak_mib["add"] = max(each.peak_mib for each in filled)
         return [each.shard for each in filled], merge([each.truth for each in filled], K + 1, self.settings.metric)
 
-    def tune(self, shard: IndexShard, queries: Queries) -> tuple[str, float]:
+    def tune(self, shard: IndexShard, queries: Queries) -> Tuned:
         """Parameters for all index shards, tuned on the first, and milliseconds a query of all takes.
 
         A search goes through the index shards one after the other, so that each has its rows' share
@@ -240,17 +275,92 @@ class Build:
         share = shard.rows / self.plan.parts.rows
         index = open_shard(self.store, self.folder, shard)
         params = tune(index, self.plan.key, self.settings.max_query_ms * share)
-        apply(index, params)
-        return params, round(query_ms(index, queries.vectors) / share, 3)
+        times = {}
+        for each in [*around(self.plan.key, params), params]:
+            apply(index, each)
+            times[each] = round(query_ms(index, queries.vectors, 1.0 if each == params else CURVE_S) / share, 3)
+        return Tuned(params, times)
 
-    def recall(self, shards: list[IndexShard], params: str, queries: Queries, truth: Top) -> Recall:
+    def measure(
+        self, shards: list[IndexShard], tuned: Tuned, queries: Queries, truth: Top, coding: Coding | None
+    ) -> dict[str, Any]:
+        """The fields of the release that tell what it finds."""
+        factor, metric = (self.settings.rerank_factor if coding else 1), self.settings.metric
+        asks = [Ask(tuned.params, K * factor + 1), *(Ask(params, CURVE_K * factor + 1) for params in tuned.times)]
+        samples = draw_samples(self.store, self.plan.parts, self.settings.seed)
+        task = answer_task.options(memory=self.plan.task_bytes)
         asked = ray.put(queries.vectors)
-        task = probe_task.options(memory=self.plan.task_bytes)
-        refs = [task.remote(self.store, self.folder, shard, params, asked, K + 1) for shard in shards]
-        found = merge(map(get, refs), K + 1, self.settings.metric)
-        found, truth = without(found, queries.own), without(truth, queries.own)
-        figures = {kind: recall_of(found.of(rows), truth.of(rows)) for kind, rows in queries.slices().items()}
-        return Recall(queries={kind: len(asked) for kind, asked in queries.kinds.items()}, figures=figures)
+        refs = [task.remote(self.store, self.folder, shard, asks, asked, samples, coding) for shard in shards]
+        answers = (
+            require_whole(self.store, self.folder, shard, get(ref)) for shard, ref in zip(shards, refs, strict=True)
+        )
+        tops = merged(answers, asks, metric, queries.own)
+        truth = without(truth, queries.own)
+        scores = self.scores(shards, asked, tops, coding) if coding else [None] * len(tops)
+        exact = all(shard.side and shard.side.exact for shard in shards) if coding else not holds_codes(self.plan.key)
+        found = [Found(top, score, metric, factor, exact) for top, score in zip(tops, scores, strict=True)]
+        return {
+            "recall": Recall(
+                queries={kind: len(vectors) for kind, vectors in queries.kinds.items()},
+                figures=found[0].figures(truth, queries),
+                reranked=found[0].reranked(truth, queries),
+            ),
+            "rerank": self.rerank(shards, queries, tops[0], coding) if coding else None,
+            "curve": tuple(map(partial(curve_point, truth, queries), tuned.times.items(), found[1:])),
+            "round_trips": len(samples.ids),
+        }
+
+    def scores(self, shards: list[IndexShard], asked: Any, tops: list[Top], coding: Coding) -> list[Vectors]:
+        """Of each top's candidates by their stored vectors, NaN for none."""
+        candidates: Any = ray.put([top.ids for top in tops])
+        # Candidates as they come, those of one index shard, and their scores; and a batch of vectors.
+        task = score_task.options(memory=4 * BATCH_BYTES + 3 * sum(top.ids.nbytes for top in tops))
+        refs = [
+            task.remote(self.store, self.folder, shard, coding, self.settings.metric, asked, candidates)
+            for shard in shards
+        ]
+        best = [np.full(top.ids.shape, np.nan, np.float32) for top in tops]
+        for ref in refs:
+            # Each candidate is in one index shard; where it is not, fmax takes the number there is.
+            best = [np.fmax(one, two) for one, two in zip(best, get(ref), strict=True)]
+        return best
+
+    def rerank(self, shards: list[IndexShard], queries: Queries, found: Top, coding: Coding) -> Rerank:
+        stored = StoredVectors(self.store, self.folder, shards, coding, self.plan.parts.dim)
+        factor = self.settings.rerank_factor
+        took = rerank_ms(queries.vectors, found, stored, factor, self.settings.metric)
+        return Rerank(coding=coding, factor=factor, query_ms=took)
+
+
+@dataclass(frozen=True)
+class Tuned:
+    """params: those chosen. times: milliseconds a query by parameters, these and others around them."""
+
+    params: str
+    times: dict[str, float]
+
+    @property
+    def query_ms(self) -> float:
+        return self.times[self.params]
+
+
+def curve_point(truth: Top, queries: Queries, timed: tuple[str, float], found: Found) -> CurvePoint:
+    def at_10(figures: dict[str, dict[str, float]]) -> dict[str, float]:
+        return {kind: figure[f"recall@{CURVE_K}"] for kind, figure in figures.items()}
+
+    return CurvePoint(
+        search_params=timed[0],
+        query_ms=timed[1],
+        recall=at_10(found.figures(truth, queries, [CURVE_K])),
+        reranked=at_10(found.reranked(truth, queries, [CURVE_K])),
+    )
+
+
+def bytes_per_vector(shards: list[IndexShard]) -> dict[str, float]:
+    rows = sum(shard.rows for shard in shards)
+    sides = [shard.side.bytes for shard in shards if shard.side]
+    sizes = {"index": sum(shard.bytes for shard in shards), **({"rerank": sum(sides)} if sides else {})}
+    return {name: round(size / rows, 3) for name, size in sizes.items()}
 
 
 def get(ref: Any) -> Any:

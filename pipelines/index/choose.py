@@ -94,6 +94,11 @@ def _takes_ids(index: Any) -> bool:
     return isinstance(inner, (faiss.IndexIVF, faiss.IndexIDMap))
 
 
+def holds_codes(key: str) -> bool:
+    """Whether what the index holds is less than the vectors, so that its scores are not exact."""
+    return not re.fullmatch(r"(IDMap2?,)?((IVF\d+(_HNSW\d+)?,)?Flat|HNSW\d+(,Flat)?)", key)
+
+
 def clusters(key: str) -> int:
     """The most centroids that any part of the index learns: of IVF's lists, or of PQ's 2^bits."""
     lists = int(index_key_to_nb_cluster(key)) if re.search(r"IVF\d+|IMI\d+x\d+", key) else 1

@@ -7,17 +7,20 @@ from dataclasses import dataclass
 from pipelines.config import IndexConfig
 from pipelines.index.choose import choose_key, cut, shard_bytes, shard_count
 from pipelines.index.parts import BATCH_BYTES, Ids, Parts
+from pipelines.index.rerank import rerank_dtype, side_bytes
 from pipelines.index.train import Draw, draw
 
 
 @dataclass(frozen=True)
 class Plan:
-    """All that is decided before anything is written. runs: the parts of each index shard."""
+    """All that is decided before anything is written. runs: the parts of each index shard. rerank: what their
+    side files hold, `none` for no such."""
 
     parts: Parts
     key: str
     runs: tuple[range, ...]
     draw: Draw
+    rerank: str = "none"
 
     def run_parts(self) -> list[Parts]:
         return [self.parts.run(run.start, run.stop) for run in self.runs]
@@ -27,13 +30,29 @@ class Plan:
 
     @property
     def task_bytes(self) -> int:
-        """What filling the largest index shard holds: itself, and a batch as read, as cast and as compared."""
-        rows = max(run.rows for run in self.run_parts())
-        return shard_bytes(self.key, rows, self.parts.dim) + 4 * BATCH_BYTES
+        """What filling the largest index shard holds: itself, and a batch as read, cast, compared and stored."""
+        return shard_bytes(self.key, self._most_rows, self.parts.dim) + 5 * BATCH_BYTES
+
+    @property
+    def scratch_bytes(self) -> int:
+        """Of local disk, what filling the largest index shard writes before it is put."""
+        return self._files_bytes(self._most_rows)
+
+    @property
+    def output_bytes(self) -> int:
+        """Of all index shards and their side files."""
+        return self._files_bytes(self.parts.rows)
+
+    @property
+    def _most_rows(self) -> int:
+        return max(run.rows for run in self.run_parts())
+
+    def _files_bytes(self, rows: int) -> int:
+        return shard_bytes(self.key, rows, self.parts.dim) + side_bytes(self.rerank, rows, self.parts.dim)
 
 
 def make_plan(parts: Parts, settings: IndexConfig) -> Plan:
     """Raises: ConfigError for a key or size that cannot be, IndexBuildError for what does not fit."""
     shards = shard_count(parts, settings)
     key = choose_key(parts.rows, parts.dim, shards, settings)
-    return Plan(parts, key, tuple(cut(parts, shards)), draw(parts, key, settings))
+    return Plan(parts, key, tuple(cut(parts, shards)), draw(parts, key, settings), rerank_dtype(key, settings))

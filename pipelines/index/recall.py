@@ -7,18 +7,23 @@ from dataclasses import dataclass
 
 import faiss
 import numpy as np
+from numpy.typing import NDArray
 
 from pipelines.index.choose import METRICS
 from pipelines.index.parts import Ids, Vectors
 
 DEPTHS = (1, 10, 100)
+EXACT_METRICS = ("ip", "l2", "cosine", "l1")
+LARGER_IS_NEARER = ("ip", "cosine")
+ROUNDING = 2e-6
+"""Relative difference of two float32 scores of the same vector, as two ways of summing give it."""
 
 
 @dataclass(frozen=True)
 class Top:
     """The best of each query, best first, missing ones with id -1 at the end.
 
-    ids: int64 [queries, k]. scores: float32 [queries, k], inner product or squared L2 distance.
+    ids: int64 [queries, k]. scores: float32 [queries, k], inner product, cosine, squared L2 or L1 distance.
     """
 
     ids: Ids
@@ -33,7 +38,12 @@ def merge(tops: Iterable[Top], k: int, metric: str) -> Top:
     found = list(tops)
     ids = np.concatenate([top.ids for top in found], axis=1)
     scores = np.concatenate([top.scores for top in found], axis=1)
-    worst_last = np.where(ids < 0, np.inf, -scores if metric == "ip" else scores)
+    return best_first(ids, scores, k, metric)
+
+
+def best_first(ids: Ids, scores: Vectors, k: int, metric: str) -> Top:
+    """The best k of each query's, int64 and float32 [queries, n], in whatever order they are."""
+    worst_last = np.where(ids < 0, np.inf, -scores if metric in LARGER_IS_NEARER else scores)
     order = np.lexsort((ids, worst_last), axis=1)[:, :k]
     return Top(np.take_along_axis(ids, order, axis=1), np.take_along_axis(scores, order, axis=1))
 
@@ -43,9 +53,20 @@ def empty_top(queries: int) -> Top:
 
 
 def exact_in_batch(queries: Vectors, first: int, batch: Vectors, k: int, metric: str) -> Top:
-    """By brute force among float32 [n, dim] vectors whose ids start at `first`."""
-    scores, positions = faiss.knn(queries, batch, min(k, len(batch)), metric=METRICS[metric])
+    """By brute force among float32 [n, dim] vectors whose ids start at `first`. metric: of EXACT_METRICS."""
+    if metric == "cosine":
+        queries, batch = _unit(queries), _unit(batch)
+    scores, positions = faiss.knn(queries, batch, min(k, len(batch)), metric=_FAISS[metric])
     return Top(positions.astype(np.int64) + first, scores)
+
+
+_FAISS = {**METRICS, "cosine": faiss.METRIC_INNER_PRODUCT, "l1": faiss.METRIC_L1}
+
+
+def _unit(vectors: Vectors) -> Vectors:
+    """Of length 1, or 0 where a vector is nothing but zeros."""
+    lengths = np.linalg.norm(vectors, axis=1, keepdims=True)
+    return np.asarray(vectors / np.where(lengths > 0, lengths, 1), np.float32)
 
 
 def exact(queries: Vectors, batches: Iterable[tuple[int, Vectors]], k: int, metric: str) -> Top:
@@ -89,11 +110,32 @@ def without(top: Top, own: Ids) -> Top:
     return Top(np.take_along_axis(top.ids, keep, axis=1), np.take_along_axis(top.scores, keep, axis=1))
 
 
-def recall_of(found: Top, truth: Top) -> dict[str, float]:
-    """{"recall@k": share of the exact k nearest that are among the k found}, mean over queries."""
-    return {f"recall@{k}": _recall_at(found.ids[:, :k], truth.ids[:, :k]) for k in DEPTHS}
+def recall_of(found: Top, truth: Top, metric: str = "ip", scored: bool = False) -> dict[str, float]:
+    """{"recall@k": share of the exact k nearest that are among the k found}, over all queries.
+
+    scored: the found ones' scores are those of the vectors themselves. Then one that is as near as the k-th
+    nearest counts as well as that: of equal vectors it does not matter which is found.
+    """
+    return {f"recall@{k}": recall_at(k, found, truth, metric, scored) for k in DEPTHS}
 
 
-def _recall_at(found: Ids, truth: Ids) -> float:
-    hits = sum(len(np.intersect1d(a[a >= 0], b[b >= 0])) for a, b in zip(found, truth, strict=True))
-    return float(hits / max(1, (truth >= 0).sum()))
+def recall_at(k: int, found: Top, truth: Top, metric: str = "ip", scored: bool = False) -> float:
+    """Of nothing that there is to find, all is found."""
+    ids, nearest = found.ids[:, :k], truth.ids[:, :k]
+    wanted = (nearest >= 0).sum(axis=1)
+    if not wanted.any():
+        return 1.0
+    counted = np.array([np.isin(theirs[theirs >= 0], mine).sum() for mine, theirs in zip(ids, nearest, strict=True)])
+    if scored:
+        others = np.array([np.isin(mine, theirs, invert=True) for mine, theirs in zip(ids, nearest, strict=True)])
+        near = _as_near(found.scores[:, :k], truth.scores[:, :k], wanted, metric)
+        counted += (others & near & (ids >= 0)).sum(axis=1)
+    return float(np.minimum(counted, wanted).sum() / wanted.sum())
+
+
+def _as_near(scores: Vectors, truth: Vectors, wanted: Ids, metric: str) -> NDArray[np.bool_]:
+    """Which scores are no worse than each query's last wanted one."""
+    last = np.take_along_axis(truth, np.maximum(wanted - 1, 0)[:, None], axis=1)
+    allowed = ROUNDING * np.maximum(1, np.abs(last))
+    near = scores >= last - allowed if metric in LARGER_IS_NEARER else scores <= last + allowed
+    return np.asarray(near & (wanted > 0)[:, None])

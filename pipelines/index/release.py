@@ -7,7 +7,7 @@ import json
 import re
 from contextlib import suppress
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, Any, Literal
 
 import faiss
 from pydantic import BaseModel, ConfigDict, ValidationError
@@ -17,12 +17,28 @@ from pipelines.index.parts import Parts
 from pipelines.storage import Store, is_whole_json
 
 FORMAT = 1
-MANIFEST, CLAIM, POINTER = "manifest.json", "build.json", "CURRENT"
+MANIFEST, CLAIM, POINTER, REPORT = "manifest.json", "build.json", "CURRENT", "report.md"
+PUBLISHED = "published"
 _VERSION = re.compile(r"v\d{4,}")
 
 
+class SideFile(BaseModel):
+    """A `.npy` of an index shard's vectors in id order, [rows, dim], from which search re-scores.
+
+    header: bytes before the first vector. exact: each vector is there as its part has it.
+    """
+
+    model_config = ConfigDict(frozen=True)
+
+    file: str
+    header: int
+    bytes: int
+    sha256: str
+    exact: bool
+
+
 class IndexShard(BaseModel):
-    """One FAISS file. first_id: lowest id in it; rows: vectors it holds."""
+    """One FAISS file. first_id: lowest id in it; rows: vectors it holds. side: their stored form, where there is."""
 
     model_config = ConfigDict(frozen=True)
 
@@ -31,17 +47,56 @@ class IndexShard(BaseModel):
     rows: int
     bytes: int
     sha256: str
+    side: SideFile | None = None
 
 
 class Recall(BaseModel):
     """Share of the exact k nearest that the index's k first hold, by kind of query.
 
     Queries are drawn over all parts and not trained on. An image query is itself in the index: its
-    own id is taken out of both lists, so that finding itself earns nothing.
+    own id is taken out of both lists, so that finding itself earns nothing. reranked: of the k first of
+    k × factor candidates, re-scored; empty where there is nothing to re-score with.
     """
 
     queries: dict[str, int]
     figures: dict[str, dict[str, float]]
+    reranked: dict[str, dict[str, float]] = {}
+
+    @property
+    def lowest_at_10(self) -> float:
+        """recall@10 as search has it by default, of the kind of query that fares worst."""
+        return min((kind["recall@10"] for kind in (self.reranked or self.figures).values()), default=1.0)
+
+
+class Coding(BaseModel):
+    """How vectors are stored for re-ranking: float16, or int8 as centre + step × code in each dimension."""
+
+    model_config = ConfigDict(frozen=True)
+
+    dtype: Literal["float16", "int8"]
+    centre: tuple[float, ...] = ()
+    step: tuple[float, ...] = ()
+
+
+class Rerank(BaseModel):
+    """factor: candidates for each hit. query_ms: what re-scoring 10 × factor candidates adds to a query."""
+
+    model_config = ConfigDict(frozen=True)
+
+    coding: Coding
+    factor: int
+    query_ms: float
+
+
+class CurvePoint(BaseModel):
+    """Search with other parameters: milliseconds a query, and recall@10 by kind of query."""
+
+    model_config = ConfigDict(frozen=True)
+
+    search_params: str
+    query_ms: float
+    recall: dict[str, float]
+    reranked: dict[str, float] = {}
 
 
 class Release(BaseModel):
@@ -49,7 +104,8 @@ class Release(BaseModel):
 
     id_space: one higher each time that ids start anew; within one, an id means the same vector.
     search_params: as FAISS's ParameterSpace reads them. settings: the index settings it was made by.
-    seconds, peak_mib: of each stage.
+    seconds, peak_mib: of each stage. bytes_per_vector: of the FAISS files (`index`) and the side files (`rerank`).
+    round_trips: sampled ids that led back to part, row and key, and to the very vector that was indexed.
     """
 
     model_config = ConfigDict(frozen=True)
@@ -72,10 +128,19 @@ class Release(BaseModel):
     seconds: dict[str, float]
     peak_mib: dict[str, float]
     versions: dict[str, str]
+    made: str = ""
+    bytes_per_vector: dict[str, float] = {}
+    rerank: Rerank | None = None
+    curve: tuple[CurvePoint, ...] = ()
+    round_trips: int = 0
 
     @property
     def folder(self) -> str:
         return f"{index_folder(self.encoder, self.modality)}/{self.version}"
+
+    @property
+    def files(self) -> list[IndexShard | SideFile]:
+        return [file for shard in self.shards for file in (shard, shard.side) if file]
 
 
 def index_folder(encoder: str, modality: str) -> str:
@@ -107,7 +172,7 @@ def _manifest_of(claim: str) -> str:
     return claim.removesuffix(CLAIM) + MANIFEST
 
 
-def finish(store: Store, release: Release) -> None:
+def finish(store: Store, release: Release, publish: bool = True) -> None:
     """Writes the manifest, after which the release never changes, and then points `CURRENT` at it."""
     manifest = release.model_dump_json(indent=1).encode()
     path = f"{release.folder}/{MANIFEST}"
@@ -116,8 +181,64 @@ def finish(store: Store, release: Release) -> None:
     folder = index_folder(release.encoder, release.modality)
     current = current_version(store, folder)
     # A slower build that began earlier does not turn the pointer back.
-    if current is None or int(current[1:]) < int(release.version[1:]):
-        store.put_atomic(f"{folder}/{POINTER}", release.version.encode())
+    if publish and (current is None or number_of(current) < number_of(release.version)):
+        point_at(store, folder, release.version)
+
+
+def number_of(version: str) -> int:
+    return int(version[1:])
+
+
+class Publication(BaseModel):
+    """Why a release is, was or will in a moment be the current one. before: the one that was so until then.
+
+    withdrawn: an older one has taken its place again, so that it does not come back by itself.
+    """
+
+    before: str | None = None
+    withdrawn: bool = False
+
+
+def point_at(store: Store, folder: str, version: str) -> None:
+    """Makes a release current, once it is noted which one was before, so that a rollback finds its way."""
+    current = current_version(store, folder)
+    if current != version:
+        _note(store, folder, version, Publication(before=current))
+        swap(store, folder, version)
+
+
+def swap(store: Store, folder: str, version: str) -> None:
+    """Points `CURRENT` at a release: readers see the one before or this one, and nothing between."""
+    current = current_version(store, folder)
+    if current and number_of(current) > number_of(version):
+        known = publication(store, folder, current) or Publication()
+        _note(store, folder, current, known.model_copy(update={"withdrawn": True}))
+    store.put_atomic(f"{folder}/{POINTER}", version.encode())
+
+
+def publication(store: Store, folder: str, version: str) -> Publication | None:
+    """None for a release that nobody has begun to publish."""
+    with suppress(FileNotFoundError):
+        return Publication.model_validate_json(store.read(f"{folder}/{PUBLISHED}/{version}.json", is_whole_json))
+    return None
+
+
+def _note(store: Store, folder: str, version: str, publication: Publication) -> None:
+    store.put_atomic(f"{folder}/{PUBLISHED}/{version}.json", publication.model_dump_json().encode())
+
+
+def previous_version(store: Store, folder: str) -> str | None:
+    """The one that was current before the current one was published, None where there was none."""
+    current = current_version(store, folder)
+    known = publication(store, folder, current) if current else None
+    return known.before if known else None
+
+
+def finished(store: Store, folder: str) -> list[str]:
+    """Versions that have a manifest, oldest first: releases, whether published or not."""
+    names = (name.split("/") for name in store.names(folder))
+    whole = [name[0] for name in names if name[1:] == [MANIFEST] and _VERSION.fullmatch(name[0])]
+    return sorted(whole, key=number_of)
 
 
 def current_version(store: Store, folder: str) -> str | None:
@@ -135,6 +256,11 @@ def read_release(store: Store, encoder: str, modality: str, version: str | None 
     folder = index_folder(encoder, modality)
     version = version or current_version(store, folder)
     if version is None:
+        if unpublished := finished(store, folder):
+            raise IndexBuildError(
+                f"{store.uri(folder)} has {', '.join(unpublished)}, and none is published",
+                "See `vecmill releases`, then `vecmill publish`.",
+            )
         raise IndexBuildError(f"{store.uri(folder)} has no index", "Run `vecmill index` first, or search with --exact.")
     path = f"{folder}/{version}/{MANIFEST}"
     try:
@@ -151,6 +277,12 @@ def latest_or_none(store: Store, encoder: str, modality: str) -> Release | None:
     """The current release, None before the first."""
     known = current_version(store, index_folder(encoder, modality))
     return read_release(store, encoder, modality, known) if known else None
+
+
+def newest_or_none(store: Store, encoder: str, modality: str) -> Release | None:
+    """The release that was built last, published or not, None before the first."""
+    known = finished(store, index_folder(encoder, modality))
+    return read_release(store, encoder, modality, known[-1]) if known else None
 
 
 def sha256_of(file: Path) -> str:

@@ -98,7 +98,7 @@ def _of_part(store: Store, parts: Parts, part: PartRange, ids: list[int]) -> lis
     positions = np.array(ids, np.int64) - part.offset
     table = take(store, parts.path(part), positions)
     items = table.drop_columns(["embedding"]).to_pylist()
-    samples = samples_of(store, part.name, {item["row"] for item in items})
+    samples = samples_of(store, part.name, {item["row"]: item["key"] for item in items})
     found = vectors(table["embedding"], parts.dim)
     if parts.count > 1:
         found = found.reshape(-1, parts.count, parts.dim)
@@ -122,19 +122,29 @@ def _of_part(store: Store, parts: Parts, part: PartRange, ids: list[int]) -> lis
 _SAMPLE = ["uri", "offset", "length", "row_group", "captions", "label", "metadata"]
 
 
-def samples_of(store: Store, name: str, rows: set[int]) -> dict[int, dict[str, Any]]:
+def samples_of(store: Store, name: str, keys: dict[int, str]) -> dict[int, dict[str, Any]]:
     """By row, the columns of `samples/` that an Origin shows, for rows of the shard that has part `name`.
 
-    Raises: ReplacedError where the shard's samples are not there, LedgerError where they lack a row.
+    keys: of those rows, as the part has them. Raises: ReplacedError where the shard's samples are not there,
+    LedgerError where they lack a row or have another key for it.
     """
     path = _samples_path(store, name)
     with open_part(store, path) as stream:
         table = pq.read_table(
-            stream, columns=["row", *_SAMPLE], filters=[("row", "in", rows)], use_threads=False, pre_buffer=False
+            stream,
+            columns=["row", "key", *_SAMPLE],
+            filters=[("row", "in", set(keys))],
+            use_threads=False,
+            pre_buffer=False,
         )
     found = {item.pop("row"): {**item, "captions": item["captions"] or []} for item in table.to_pylist()}
-    if missing := rows - found.keys():
+    if missing := keys.keys() - found.keys():
         raise LedgerError(f"{store.uri(path)} lacks row {min(missing)}, which has a vector", "Run `vecmill status`.")
+    if strays := [row for row, item in found.items() if item.pop("key") != keys[row]]:
+        raise LedgerError(
+            f"{store.uri(path)} has another key for row {min(strays)} than the part of its vector",
+            "Run `vecmill verify --deep`.",
+        )
     return found
 
 

@@ -34,6 +34,24 @@ def tune(index: Any, key: str, max_query_ms: float) -> str:
     return form.format(nprobe, 2 * nprobe)
 
 
+def around(key: str, params: str) -> list[str]:
+    """The parameters and some that look at less and at more of the index, for a curve; fewest first."""
+    chosen = re.search(r"nprobe=(\d+)", params) or re.search(r"efSearch=(\d+)", params)
+    if not chosen:
+        return [params]
+    lists = re.search(r"IVF(\d+)", key)
+    looked = int(chosen[1])
+    steps = {min(step, int(lists[1])) if lists else step for step in (looked // 16, looked // 4, looked, 4 * looked)}
+    return [_with(params, step) if step != looked else params for step in sorted({1, *steps} - {0})]
+
+
+def _with(params: str, looked: int) -> str:
+    """Probes `looked` lists; a graph over their centroids, which finds these, looks at twice as many."""
+    probing = "nprobe" in params
+    params = re.sub(r"nprobe=\d+", f"nprobe={looked}", params)
+    return re.sub(r"efSearch=\d+", f"efSearch={2 * looked if probing else looked}", params)
+
+
 def apply(index: Any, params: str) -> None:
     """Sets `nprobe=8,efSearch=16`-like parameters. Raises: RuntimeError for one that the index has not."""
     faiss.ParameterSpace().set_index_parameters(index, params)
@@ -47,6 +65,6 @@ def full_probe(key: str) -> str:
     return f"nprobe={lists[1]},efSearch={2 * int(lists[1])}" if lists[2] else f"nprobe={lists[1]}"
 
 
-def query_ms(index: Any, queries: Vectors) -> float:
-    """Mean milliseconds of one query for 40 neighbours, one at a time."""
-    return float(speed_test_ms_per_query(index, queries, timout_s=1.0))
+def query_ms(index: Any, queries: Vectors, seconds: float = 1.0) -> float:
+    """Mean milliseconds of one query for 40 neighbours, one at a time, for at most so many seconds."""
+    return float(speed_test_ms_per_query(index, queries, timout_s=seconds))

@@ -10,11 +10,14 @@ from pathlib import Path
 import faiss
 import numpy as np
 import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 
 from pipelines.config import IndexConfig
 from pipelines.errors import ConfigError, IndexBuildError
 from pipelines.index.build import build_index
+from pipelines.index.publish import NotPublishedError, list_releases, publish, rollback
+from pipelines.index.recall import exact, recall_at
 from pipelines.index.release import Release, current_version, open_shard, read_release
 from pipelines.index.trace import trace
 from pipelines.index.tune import full_probe
@@ -24,8 +27,18 @@ from tests.indexed import ENCODER, everything, part_name, write_output, write_sh
 from tests.unit.index.test_parts import damage
 
 DIM = 32
+
+
+def make_equal(path: Path) -> None:
+    """A part whose vectors are all its first."""
+    table = pq.read_table(path)
+    at = table.schema.get_field_index("embedding")
+    same = table["embedding"].take(pa.array([0] * len(table)))
+    pq.write_table(table.set_column(at, table.schema.field(at), same), path)
+
+
 # Fewer queries and a short target only keep the tests quick.
-QUICK = {"recall_queries": 100, "max_query_ms": 0.5}
+QUICK = {"recall_queries": 100, "max_query_ms": 0.5, "floor": 0.0}
 SETTINGS = IndexConfig(index_key="OPQ8_32,IVF32,PQ8x4", shards=4, train_vectors=4_000, **QUICK)
 PARTS, ROWS = 30, 1_150
 
@@ -94,7 +107,8 @@ def test_the_release_is_whole(output: Path, release: Release) -> None:
     assert set(release.seconds) == set(release.peak_mib) == {"read", "train", "add", "tune", "recall"}
     assert not [path for path in (output / "staging").rglob("*") if path.is_file()]
     files = sorted(path.name for path in (output / release.folder).iterdir())
-    assert files == ["build.json", "manifest.json", *(shard.file for shard in release.shards)]
+    shards = [f"shard-{at:04d}.{suffix}" for at in range(4) for suffix in ("faiss", "npy")]
+    assert files == ["build.json", "manifest.json", "report.md", *shards]
 
 
 def test_every_id_leads_back_to_its_key_and_vector(output: Path, release: Release) -> None:
@@ -141,10 +155,29 @@ def test_full_probe_equals_exact_search_over_the_codes(output: Path, release: Re
         faiss.extract_index_ivf(index).set_direct_map_type(faiss.DirectMap.Hashtable)
         for id in range(shard.first_id, shard.first_id + shard.rows):
             codes[id] = index.reconstruct(id)
-    found = Searcher(store, modality="text", params=full_probe(release.index_key)).nearest(queries, 50)
+    found = Searcher(store, modality="text", params=full_probe(release.index_key), rerank=0).nearest(queries, 50)
     scores = queries @ codes.T
     np.testing.assert_allclose(found.scores, -np.sort(-scores, axis=1)[:, :50], atol=1e-4)
     np.testing.assert_allclose(np.take_along_axis(scores, found.ids, axis=1), found.scores, atol=1e-4)
+
+
+def test_re_ranking_is_measured_reported_and_on_by_default(output: Path, release: Release) -> None:
+    alone, reranked = release.recall.figures["text"], release.recall.reranked["text"]
+    assert all(reranked[name] >= alone[name] for name in alone) and reranked["recall@10"] > alone["recall@10"] + 0.1
+    assert release.rerank and release.rerank.factor == 10 and release.rerank.query_ms > 0
+    assert release.bytes_per_vector["rerank"] == pytest.approx(2 * DIM, rel=0.02)
+    assert release.search_params in [point.search_params for point in release.curve] and len(release.curve) >= 2
+    assert all(point.reranked["text"] > point.recall["text"] and point.query_ms > 0 for point in release.curve)
+    assert release.round_trips == 64
+    report = (output / release.folder / "report.md").read_text()
+    assert f"{reranked['recall@10']:.3f}" in report and all(point.search_params in report for point in release.curve)
+    searcher = Searcher(Store(str(output)), modality="text")
+    _, vectors = everything(output, "text")
+    truth = exact(vectors[::5_000], [(0, vectors)], 10, "ip")
+    found = recall_at(10, searcher.nearest(vectors[::5_000], 10), truth)
+    assert searcher.rerank == 10 and found > recall_at(
+        10, Searcher(Store(str(output)), modality="text", rerank=0).nearest(vectors[::5_000], 10), truth
+    )
 
 
 def test_search_finds_a_vector_and_its_caption(output: Path, release: Release) -> None:
@@ -244,3 +277,48 @@ def test_mistakes_are_told_before_anything_is_written(ray_local: None, tmp_path:
     with pytest.raises(IndexBuildError, match="max_index_memory"):
         build_index(store, ENCODER, "image", IndexConfig(max_index_memory="1K"))
     assert not (tmp_path / "index").exists() and not (tmp_path / "staging").exists()
+
+
+def test_below_the_floor_a_release_is_built_and_waits_to_be_accepted(ray_local: None, tmp_path: Path) -> None:
+    store = write_output(tmp_path, parts=6, rows=400)
+    home = f"index/{ENCODER}/image"
+    build_index(store, ENCODER, "image", IndexConfig(**QUICK))
+    poor = IndexConfig(index_key="OPQ4_16,IVF16,PQ4x4", rerank="none", **{**QUICK, "floor": 0.95})
+    with pytest.raises(NotPublishedError, match=r"v0002 is built but not published: recall@10 of (image|text) queries"):
+        build_index(store, ENCODER, "image", poor)
+    assert current_version(store, home) == "v0001"
+    said: list[str] = []
+    with pytest.raises(NotPublishedError):
+        build_index(store, ENCODER, "image", poor, said.append)
+    assert any("up to date" in line for line in said), "it is not built again to be refused again"
+    built = build_index(store, ENCODER, "image", poor.model_copy(update={"floor": 0.0}))
+    assert built.version == "v0002" == current_version(store, home)
+    assert rollback(store, ENCODER, "image").version == "v0001" == current_version(store, home)
+    build_index(store, ENCODER, "image", poor.model_copy(update={"floor": 0.0}), said.append)
+    assert current_version(store, home) == "v0001" and "was rolled back" in said[-1]
+    publish(store, built, 0, 3)
+    assert [listed.state for listed in list_releases(store, ENCODER, "image")] == ["previous", "current"]
+
+
+@pytest.mark.parametrize(("rows", "key"), [(1, None), (2, None), (40, "IVF4,Flat")])
+def test_the_smallest_outputs_have_an_index(ray_local: None, tmp_path: Path, rows: int, key: str | None) -> None:
+    store = write_output(tmp_path, parts=1, rows=rows)
+    settings = IndexConfig(index_key=key, rerank="int8", **{**QUICK, "floor": 0.9})
+    release = build_index(store, ENCODER, "image", settings)
+    assert release.round_trips == release.parts.rows
+    _, vectors = everything(tmp_path, "image")
+    assert [row[0].id for row in Searcher(store, params=full_probe(release.index_key)).search(vectors, 1)] == list(
+        range(len(vectors))
+    )
+
+
+def test_vectors_that_are_all_the_same_have_an_index_and_nothing_to_miss(ray_local: None, tmp_path: Path) -> None:
+    store = write_output(tmp_path, parts=2, rows=700)
+    for at in range(2):
+        for modality in ("image", "text"):
+            make_equal(tmp_path / "embeddings" / ENCODER / modality / part_name(at))
+    for settings in (IndexConfig(**QUICK), IndexConfig(index_key="OPQ4_16,IVF16,PQ4x4", **QUICK)):
+        release = build_index(store, ENCODER, "image", settings)
+        assert release.recall.lowest_at_10 == 1
+        (row,) = Searcher(store).search(np.ones((1, 16), np.float32), 5)
+        assert len(row) == 5

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Callable, Iterable
 from pathlib import Path
 
@@ -11,12 +12,14 @@ from pipelines.collect import collect, leftovers, totals
 from pipelines.config import WriteConfig
 from pipelines.contracts import Shard
 from pipelines.errors import HeldError, LedgerError
+from pipelines.index.release import IndexShard
 from pipelines.lease import held
 from pipelines.ledger import RETIRED, list_commits, make_plan, retire, settle
 from pipelines.storage import Store
 from pipelines.verify import problems
 from pipelines.write import EmbeddingSink
 from tests.encoded import ENCODER, FAMILIES, encoded_rows
+from tests.unit.index.test_release import release
 
 ROWS = 20
 SHARD = Shard("a-000000000000", "s3://bucket/a.tar", "tar", "v1", 1)
@@ -42,8 +45,11 @@ def output(tmp_path: Path) -> Store:
     """With one shard done, and an index release that is current."""
     store = Store(str(tmp_path))
     write(store)
-    for name in ("build.json", "manifest.json", "shard-0000.faiss"):
+    shard = IndexShard(file="shard-0000.faiss", first_id=0, rows=1, bytes=2, sha256=hashlib.sha256(b"{}").hexdigest())
+    made = release("v0001").model_copy(update={"encoder": ENCODER.name, "shards": (shard,)})
+    for name in ("build.json", "shard-0000.faiss"):
         store.put_atomic(f"index/{ENCODER.name}/image/v0001/{name}", b"{}")
+    store.put_atomic(f"index/{ENCODER.name}/image/v0001/manifest.json", made.model_dump_json().encode())
     store.put_atomic(f"index/{ENCODER.name}/image/CURRENT", b"v0001")
     return store
 
@@ -100,6 +106,15 @@ def test_each_kind_is_found_and_goes(output: Store, leave: Callable[[Store], Non
     assert len(collect(output)) == objects
     assert {*output.names("")} == whole
     assert leftovers(output) == [] == list(problems(output, deep=True))
+
+
+def test_damage_to_an_index_is_seen(output: Store) -> None:
+    path = f"index/{ENCODER.name}/image/v0001/shard-0000.faiss"
+    output.put_atomic(path, b"[]")
+    assert list(problems(output)) == []
+    assert list(problems(output, deep=True)) == [f"{path} is damaged: its checksum is not that of its manifest"]
+    output.delete([path])
+    assert [path in told for told in problems(output)] == [True]
 
 
 def test_looking_changes_nothing(output: Store) -> None:

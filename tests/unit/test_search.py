@@ -46,6 +46,24 @@ def test_l2_puts_the_smallest_first(tmp_path: Path) -> None:
     assert row[0].id == 9 and row[0].score == pytest.approx(0, abs=1e-5) and row[1].score <= row[2].score
 
 
+@pytest.mark.parametrize("metric", ["ip", "l2", "cosine", "l1"])
+def test_exact_search_takes_any_metric_whatever_the_index_has(tmp_path: Path, metric: str) -> None:
+    store = write_release(tmp_path, metric="l2")
+    _, vectors = everything(tmp_path, "image")
+    searcher = Searcher(store, exact=True, metric=metric)
+    (row,) = searcher.search(vectors[[9]], 3)
+    assert searcher.metric == metric and row[0].id == 9
+    assert row[0].score == pytest.approx(1 if metric in ("ip", "cosine") else 0, abs=1e-3)
+
+
+def test_a_metric_goes_with_exact_search_only(tmp_path: Path) -> None:
+    store = write_release(tmp_path)
+    with pytest.raises(ConfigError, match="--metric goes with --exact"):
+        Searcher(store, metric="l2")
+    with pytest.raises(ConfigError, match="Known: ip, l2, cosine, l1"):
+        Searcher(store, exact=True, metric="hamming")
+
+
 def test_fewer_than_k(tmp_path: Path) -> None:
     store = write_output(tmp_path, parts=1, rows=4)
     (row,) = Searcher(store, exact=True).search(np.ones((1, 16), np.float32), 10)

@@ -267,3 +267,14 @@ def test_what_a_dead_put_leaves_is_no_part_to_readers(tmp_path: Path, monkeypatc
     assert [Path(name).name for name in ds.dataset(tmp_path / "parts", pa.schema([]), format="parquet").files] == [
         "a.parquet"
     ]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_ranges_of_an_object_come_in_the_order_they_are_asked_for(make: Callable[[str], Store], kind: str) -> None:
+    store = make(kind)
+    store.put_atomic("a", bytes(range(200)))
+    ranges = [(5, 7), (0, 3), (199, 200), (6, 40)]
+    assert store.read_ranges("a", ranges) == [bytes(range(start, stop)) for start, stop in ranges]
+    assert (store.local_path("a") is not None) == (kind == "local")
+    with pytest.raises(FileNotFoundError):
+        store.read_ranges("b", [(0, 1)])

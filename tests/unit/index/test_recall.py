@@ -1,7 +1,7 @@
 import numpy as np
 import pytest
 
-from pipelines.index.recall import Top, exact, merge, recall_of, without
+from pipelines.index.recall import EXACT_METRICS, Top, exact, merge, recall_of, without
 
 
 def vectors(n: int, seed: int = 0) -> np.ndarray:
@@ -45,3 +45,21 @@ def test_recall_is_the_share_of_the_true_nearest() -> None:
 def test_recall_where_there_are_fewer_than_k() -> None:
     truth = Top(np.array([[3, 1, -1]]), np.zeros((1, 3), np.float32))
     assert recall_of(truth, truth) == {"recall@1": 1.0, "recall@10": 1.0, "recall@100": 1.0}
+
+
+@pytest.mark.parametrize("metric", EXACT_METRICS)
+def test_every_metric_is_as_numpy_has_it(metric: str) -> None:
+    base, queries = vectors(300) * 3, vectors(7, 1)
+    base[11] = 0
+    top = exact(queries, ((at, base[at : at + 40]) for at in range(0, 300, 40)), 12, metric)
+    apart = queries[:, None] - base[None]
+    lengths = np.linalg.norm(queries, axis=1)[:, None] * np.linalg.norm(base, axis=1)[None]
+    scores = {
+        "ip": queries @ base.T,
+        "l2": (apart**2).sum(-1),
+        "cosine": queries @ base.T / np.where(lengths > 0, lengths, 1),
+        "l1": np.abs(apart).sum(-1),
+    }[metric]
+    order = np.argsort(-scores if metric in ("ip", "cosine") else scores, axis=1, kind="stable")[:, :12]
+    np.testing.assert_array_equal(top.ids, order)
+    np.testing.assert_allclose(top.scores, np.take_along_axis(scores, order, 1), rtol=1e-4, atol=1e-4)

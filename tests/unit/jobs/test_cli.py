@@ -20,6 +20,8 @@ from jobs.cli import app, main
 from jobs.search import place_of
 from pipelines.config import IndexConfig
 from pipelines.encoders import registry
+from pipelines.index.publish import NotPublishedError, Obstacle
+from pipelines.index.release import Recall, finish, read_release
 from pipelines.record import RunRecord, encoder_record, read_record, write_record
 from pipelines.search import Hit
 from pipelines.storage import Store
@@ -97,7 +99,21 @@ def assert_refused(said: Said, *told: str) -> None:
 
 
 def test_help_lists_every_verb(vecmill: Vecmill) -> None:
-    assert VERBS == ["collect", "demo", "embed", "encoders", "fit", "index", "plan", "search", "status", "verify"]
+    assert VERBS == [
+        "collect",
+        "demo",
+        "embed",
+        "encoders",
+        "fit",
+        "index",
+        "plan",
+        "publish",
+        "releases",
+        "rollback",
+        "search",
+        "status",
+        "verify",
+    ]
     said = vecmill("--help")
     assert said.code == 0 and all(re.search(rf"\b{verb}\b", said.out) for verb in VERBS)
     assert vecmill().out.split() == said.out.split()
@@ -191,6 +207,10 @@ def test_another_run_json_is_told(vecmill: Vecmill) -> None:
         (["--text", "a", "--modality", "video"], "'video' is not one of"),
         (["--text", "a", "-k", "0"], "'-k'"),
         (["--queries", "none.jsonl"], "none.jsonl cannot be read"),
+        (["--text", "a", "--metric", "l1"], "--metric goes with --exact"),
+        (["--text", "a", "--exact", "--metric", "hamming"], "Known: ip, l2, cosine, l1"),
+        (["--text", "a", "--exact", "--rerank", "4"], "--rerank goes without --exact"),
+        (["--text", "a", "--rerank", "-1"], "'--rerank'"),
     ],
 )
 def test_a_mistaken_search_is_told(vecmill: Vecmill, output: Path, words: list[str], told: str) -> None:
@@ -228,6 +248,9 @@ def test_a_search_without_an_index_says_what_to_do(vecmill: Vecmill, output: Pat
         (["--modality", "video"], "'video' is not one of"),
         (["--metric", "cosine"], "metric: 'cosine' is not allowed: Input should be 'ip' or 'l2'"),
         (["--shards", "0"], "shards: 0 is not allowed"),
+        (["--rerank", "float64"], "rerank: 'float64' is not allowed"),
+        (["--floor", "1.5"], "floor: 1.5 is not allowed"),
+        (["--set", "index.keep=0"], "keep: 0 is not allowed"),
         (["--set", "index.sedd=1"], "sedd: unknown key"),
     ],
 )
@@ -289,6 +312,60 @@ def test_the_encoder_of_a_recipe_is_the_one_that_is_meant(vecmill: Vecmill, both
 
 
 # -- answers -------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def released(embedded: Path, tmp_path: Path) -> Path:
+    """A copy of that output with a second release, which finds too little."""
+    shutil.copytree(embedded, tmp_path / "released")
+    store = Store(str(tmp_path / "released"))
+    first = read_release(store, "clip", "image")
+    for shard in first.shards:
+        store.copy(f"{first.folder}/{shard.file}", f"index/clip/image/v0002/{shard.file}")
+    recall = Recall(queries={"image": 5}, figures={"image": {"recall@1": 0.5, "recall@10": 0.55, "recall@100": 0.6}})
+    finish(store, first.model_copy(update={"version": "v0002", "recall": recall}), publish=False)
+    return tmp_path / "released"
+
+
+def test_releases_are_published_and_rolled_back(vecmill: Vecmill, released: Path) -> None:
+    def states() -> list[str]:
+        return [fact["state"] for fact in json.loads(vecmill("releases", "released", "--json").out)]
+
+    assert states() == ["current", "built"]
+    said = vecmill("publish", "released", "--release", "v0002")
+    assert said.code == 5 and "recall@10 of image queries is 0.550, below the floor of 0.9" in said.err
+    assert "--release v0002 --floor 0.55" in said.err and states() == ["current", "built"]
+    said = vecmill("publish", "released", "--floor", "0.5")
+    assert said.code == 0 and "v0002 is the current release" in said.err and states() == ["previous", "current"]
+    said = vecmill("rollback", "released")
+    assert said.code == 0 and "v0001 is the current release" in said.err and states() == ["current", "withdrawn"]
+    said = vecmill("rollback", "released")
+    assert said.code == 1 and "no release before v0001" in said.err and "Traceback" not in said.err
+    said = vecmill("releases", "released")
+    assert re.search(r"v0002 +withdrawn .*recall@10 0.550", said.out)
+
+
+def test_an_index_that_is_not_published_prints_its_figures_and_says_why(
+    vecmill: Vecmill, released: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    barred = read_release(Store(str(released)), "clip", "image", "v0002")
+
+    def build(*_: Any) -> None:
+        raise NotPublishedError(barred, [Obstacle("recall is low", "Accept it.")])
+
+    monkeypatch.setattr("pipelines.index.build.build_index", build)
+    monkeypatch.setattr("jobs.index.connected", lambda address: nullcontext())
+    said = vecmill("index", "released")
+    assert said.code == 5 and "recall@10 0.550" in said.out
+    assert "v0002 is built but not published: recall is low" in said.err and "Accept it." in said.err
+
+
+@pytest.mark.parametrize("verb", ["releases", "publish", "rollback"])
+def test_releases_of_an_output_that_is_not_ours_or_has_none_are_told(vecmill: Vecmill, output: Path, verb: str) -> None:
+    assert_refused(vecmill(verb, "none"), "none is not the output of an embed run")
+    said = vecmill(verb, str(output))
+    assert "Traceback" not in said.err and said.code == (0 if verb == "releases" else 1)
+    assert "vecmill index" in said.out + said.err or "vecmill releases" in said.err
 
 
 @pytest.mark.parametrize("how", [["--exact"], []])

@@ -1,0 +1,204 @@
+"""Which release is the current one: what may be published, the way back, and how many old ones are kept.
+
+A search that holds a release in memory, or has its side files mapped, goes on with it whatever happens. Of a
+release that was deleted, files that are opened later are gone, and the error says so.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+from pipelines.config import WriteConfig
+from pipelines.errors import IndexBuildError, VecmillError
+from pipelines.index.release import (
+    MANIFEST,
+    Release,
+    current_version,
+    finished,
+    index_folder,
+    number_of,
+    point_at,
+    previous_version,
+    publication,
+    read_release,
+    swap,
+    unfinished,
+)
+from pipelines.ledger import Commit, CommitRef, list_commits, read_commits
+from pipelines.record import read_record
+from pipelines.storage import Store
+
+Say = Callable[[str], None]
+
+
+@dataclass(frozen=True)
+class Obstacle:
+    """Why a release may not be published, and what to do about it."""
+
+    what: str
+    fix: str
+
+
+class NotPublishedError(VecmillError):
+    """A release that is whole and stays, but may not be the current one. release: that one."""
+
+    exit_code = 5
+
+    def __init__(self, release: Release, obstacles: list[Obstacle]) -> None:
+        self.release = release
+        what = "; ".join(each.what for each in obstacles)
+        super().__init__(
+            f"{release.folder} is built but not published: {what}", "\n  ".join(each.fix for each in obstacles)
+        )
+
+
+def publish(store: Store, release: Release, floor: float, keep: int, say: Say = lambda line: None) -> None:
+    """Makes a release the current one, if nothing bars it, and deletes all older ones but `keep`.
+
+    floor: for recall@10, re-ranked. Raises: NotPublishedError, and IndexBuildError where files of it are missing.
+    """
+    require_files(store, release)
+    if barred := list(obstacles(store, release, floor)):
+        raise NotPublishedError(release, barred)
+    point_at(store, index_folder(release.encoder, release.modality), release.version)
+    say(f"{release.folder} is the current release")
+    for version in too_old(store, index_folder(release.encoder, release.modality), keep):
+        say(f"deleting {version}, which is older than the {keep} that are kept (index.keep)")
+        delete_release(store, index_folder(release.encoder, release.modality), version)
+
+
+def rollback(store: Store, encoder: str, modality: str) -> Release:
+    """Makes the release current again that was so before the present one. Nothing but missing files bars it.
+
+    Raises: IndexBuildError where there is none.
+    """
+    folder = index_folder(encoder, modality)
+    before = previous_version(store, folder)
+    if before is None or before not in finished(store, folder):
+        raise IndexBuildError(
+            f"{store.uri(folder)} has no release before {current_version(store, folder) or 'a first one'}",
+            "See `vecmill releases`; `vecmill publish --release` takes any of them.",
+        )
+    release = read_release(store, encoder, modality, before)
+    require_files(store, release)
+    swap(store, folder, before)
+    return release
+
+
+def require_files(store: Store, release: Release) -> None:
+    """Raises: IndexBuildError where a file of the release is gone or not of its size."""
+    sizes = dict(store.sizes(release.folder))
+    for file in release.files:
+        if (there := sizes.get(f"{release.folder}/{file.file}")) != file.bytes:
+            found = "gone" if there is None else f"of {there:,} bytes, not {file.bytes:,}"
+            raise IndexBuildError(f"{store.uri(release.folder)}/{file.file} is {found}", "Index again with --force.")
+
+
+def obstacles(store: Store, release: Release, floor: float) -> Iterator[Obstacle]:
+    """What bars a release from being published: too low a recall, too many rejects, counts that do not agree."""
+    yield from _of_recall(release, floor)
+    commits = list(read_commits(store, _standing(store, release.encoder)))
+    yield from _of_rejects(store, commits)
+    yield from _of_counts(store, release, commits)
+
+
+def _of_recall(release: Release, floor: float) -> Iterator[Obstacle]:
+    lowest = release.recall.lowest_at_10
+    if lowest < floor:
+        figures = release.recall.reranked or release.recall.figures
+        kind = min(figures, key=lambda kind: figures[kind]["recall@10"])
+        how = " after re-ranking" if release.recall.reranked else ""
+        yield Obstacle(
+            f"recall@10 of {kind} queries is {lowest:.3f}{how}, below the floor of {floor:g}",
+            f"Raise index.max_query_ms or index.rerank_factor, choose a larger index.index_key, or accept it: "
+            f"`vecmill publish … --release {release.version} --floor {int(lowest * 100) / 100:g}`.",
+        )
+
+
+def _standing(store: Store, encoder: str) -> list[CommitRef]:
+    """Of each shard's versions the highest generation."""
+    refs = sorted(list_commits(store, encoder), key=lambda ref: ref.generation)
+    return list({(ref.shard, ref.version): ref for ref in refs}.values())
+
+
+def _of_rejects(store: Store, commits: list[Commit]) -> Iterator[Obstacle]:
+    counts = [count for commit in commits for count in commit.counts.values()]
+    items, rejected = sum(count.items for count in counts), sum(count.rejected for count in counts)
+    written = read_record(store).settings.get("write") or {}
+    ceiling = float(written.get("reject_ceiling", WriteConfig().reject_ceiling))
+    if items and rejected / items > ceiling:
+        yield Obstacle(
+            f"{rejected / items:.1%} of the items were rejected, more than the ceiling of {ceiling:.1%}",
+            "Look at rejects/; if this is what you expect, run `vecmill embed` again with a higher --reject-ceiling.",
+        )
+
+
+def _of_counts(store: Store, release: Release, commits: list[Commit]) -> Iterator[Obstacle]:
+    """Every part indexed is one that a commit names, with as many rows, and none that a commit names is missing."""
+    held = sum(shard.rows for shard in release.shards)
+    if held != release.parts.rows:
+        yield Obstacle(
+            f"its index shards hold {held:,} vectors, its parts {release.parts.rows:,}", "Index again with --force."
+        )
+    committed = {part.final: part.rows for commit in commits for part in commit.parts}
+    indexed = {release.parts.path(part): part.rows for part in release.parts.ranges}
+    if strays := [path for path, rows in indexed.items() if committed.get(path) != rows]:
+        yield Obstacle(
+            f"{len(strays):,} of its {len(indexed):,} parts are not what the commits name now ({strays[0]})",
+            "Run `vecmill verify`, then `vecmill index` again.",
+        )
+    ours = [path for path in committed if path.startswith(f"{release.parts.folder}/") and path not in indexed]
+    # What was embedded while the index was built, or since, is in its place, or will be in a moment.
+    if lost := [path for path in ours if not store.exists(path)]:
+        yield Obstacle(
+            f"{len(lost):,} parts that commits name are not in place ({lost[0]})",
+            "Run the same `vecmill embed` again, then `vecmill index`.",
+        )
+
+
+def too_old(store: Store, folder: str, keep: int) -> list[str]:
+    """Releases to delete: older than the current one and than the `keep` before it; never the way back."""
+    current, before = current_version(store, folder), previous_version(store, folder)
+    if current is None:
+        return []
+    older = [version for version in finished(store, folder) if number_of(version) < number_of(current)]
+    spare = [version for version in older if version != before]
+    kept = keep - (before in older)
+    return spare[: len(spare) - kept] if kept > 0 else spare
+
+
+def delete_release(store: Store, folder: str, version: str) -> None:
+    """Its manifest first: from then on it is no release, and should this die, `vecmill collect` clears the rest."""
+    store.delete([f"{folder}/{version}/{MANIFEST}"])
+    store.delete_folder(f"{folder}/{version}")
+
+
+@dataclass(frozen=True)
+class Listed:
+    """A version of an index. state: current, previous, published, withdrawn, built (not published) or unfinished."""
+
+    version: str
+    state: str
+    release: Release | None
+
+
+def list_releases(store: Store, encoder: str, modality: str) -> list[Listed]:
+    """Every version there is, oldest first."""
+    folder = index_folder(encoder, modality)
+    current, before = current_version(store, folder), previous_version(store, folder)
+
+    def state(version: str) -> str:
+        if version in (current, before):
+            return "current" if version == current else "previous"
+        known = publication(store, folder, version)
+        if known is None:
+            return "built"
+        return "withdrawn" if known.withdrawn else "published"
+
+    whole = [
+        Listed(version, state(version), read_release(store, encoder, modality, version))
+        for version in finished(store, folder)
+    ]
+    begun = [Listed(version, "unfinished", None) for version in unfinished(store, folder)]
+    return sorted([*whole, *begun], key=lambda listed: number_of(listed.version))

@@ -1,0 +1,79 @@
+"""`report.md` of a release: what it holds, what it finds and at what cost, for people."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+
+from pipelines.index.recall import DEPTHS
+from pipelines.index.release import CurvePoint, Release
+
+
+def markdown(release: Release) -> str:
+    """The figures of the manifest as tables. The curve is one too: nothing here draws."""
+    sections = [_facts(release), _recall(release), _curve(release), _costs(release)]
+    return "\n\n".join([f"# {release.folder}", *("\n".join(section) for section in sections)]) + "\n"
+
+
+def _facts(release: Release) -> Iterator[str]:
+    yield f"- made {release.made}: {release.parts.rows:,} vectors of {release.parts.dim} dimensions"
+    yield f"- {len(release.shards)} index shards, {sum(file.bytes for file in release.files):,} bytes"
+    yield f"- key `{release.index_key}`, metric {release.metric}, parameters `{release.search_params or 'none'}`"
+    for name, size in release.bytes_per_vector.items():
+        held = release.rerank.coding.dtype if release.rerank and name == "rerank" else "the index itself"
+        yield f"- {size:,.1f} bytes a vector: {name} ({held})"
+    yield f"- {release.round_trips} sampled ids led back to their part, row, key and vector"
+
+
+def _recall(release: Release) -> Iterator[str]:
+    yield "## Recall\n"
+    yield "Share of the exact k nearest among the k found; of queries that were not trained on.\n"
+    yield from table(["queries", "", *(f"recall@{k}" for k in DEPTHS), "ms a query", "bytes a vector"])
+    for kind, count in release.recall.queries.items():
+        for how, figures, ms, size in rows_of(release, kind):
+            cells = [f"{figures[f'recall@{k}']:.3f}" for k in DEPTHS]
+            yield _row([f"{kind} ({count:,})", how, *cells, f"{ms:.2f}", f"{size:,.1f}"])
+
+
+def rows_of(release: Release, kind: str) -> Iterator[tuple[str, dict[str, float], float, float]]:
+    """(how, recall by depth, milliseconds a query, bytes a vector) of the index alone, and re-ranked."""
+    size = release.bytes_per_vector
+    yield "index alone", release.recall.figures[kind], release.query_ms, size.get("index", 0)
+    if release.rerank and kind in release.recall.reranked:
+        ms = release.query_ms + release.rerank.query_ms
+        yield f"re-ranked x{release.rerank.factor}", release.recall.reranked[kind], ms, sum(size.values())
+
+
+def _curve(release: Release) -> Iterator[str]:
+    yield "## Recall and latency\n"
+    yield "recall@10 with other search parameters; one query at a time, all index shards one after the other.\n"
+    kinds = list(release.recall.queries)
+    extra = [f"{kind} re-ranked" for kind in kinds] if release.rerank else []
+    more = release.rerank.query_ms if release.rerank else 0.0
+    yield from table(["parameters", "ms a query", *(["ms re-ranked"] if extra else []), *kinds, *extra])
+    for point in release.curve:
+        times = [point.query_ms, *([point.query_ms + more] if extra else [])]
+        mark = " (chosen)" if point.search_params == release.search_params else ""
+        yield _row(
+            [f"`{point.search_params or 'none'}`{mark}", *(f"{ms:.2f}" for ms in times), *_figures(point, kinds)]
+        )
+
+
+def _figures(point: CurvePoint, kinds: Sequence[str]) -> Iterator[str]:
+    for found in (point.recall, point.reranked):
+        yield from (f"{found[kind]:.3f}" for kind in kinds if kind in found)
+
+
+def _costs(release: Release) -> Iterator[str]:
+    yield "## Building it\n"
+    yield from table(["stage", "seconds", "peak MiB of a process"])
+    for stage, seconds in release.seconds.items():
+        yield _row([stage, f"{seconds:,.1f}", f"{release.peak_mib.get(stage, 0):,.0f}"])
+
+
+def table(heads: Sequence[str]) -> Iterator[str]:
+    yield _row(heads)
+    yield _row(["---"] * len(heads))
+
+
+def _row(cells: Iterable[str]) -> str:
+    return f"| {' | '.join(cells)} |"

@@ -1,0 +1,55 @@
+"""Whether what a build needs is there, in memory and on disk, asked before it starts."""
+
+from __future__ import annotations
+
+import shutil
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import ray
+
+from pipelines.errors import IndexBuildError
+from pipelines.index.plan import Plan
+from pipelines.storage import Store
+
+
+def require_room(plan: Plan, store: Store) -> None:
+    """Raises: IndexBuildError where no node of the cluster has the memory for a task, which would wait for ever, or
+    this machine's disks have no place for what a local output gets, or for what tasks write first."""
+    nodes: list[dict[str, Any]] = ray.nodes()  # type: ignore[no-untyped-call]
+    room = max((node["Resources"].get("memory", 0) for node in nodes if node["Alive"]), default=0)
+    if plan.task_bytes > room:
+        raise IndexBuildError(
+            f"Filling an index shard needs {plan.task_bytes:,} bytes; the cluster's largest node gives {room:,.0f}",
+            "Raise index.shards, choose a smaller index.index_key, or add memory.",
+        )
+    require_disks(plan, store.local_path(""), len(nodes))
+
+
+def require_disks(plan: Plan, output: Path | None, nodes: int = 1) -> None:
+    """output: the folder of a local one. nodes: of several, each checks its own scratch space in its tasks."""
+    needed: dict[Path, int] = {}
+    if output is not None:
+        needed[_standing(output)] = plan.output_bytes
+    if nodes == 1:
+        scratch = Path(tempfile.gettempdir())
+        needed[scratch] = needed.get(scratch, 0) + plan.scratch_bytes
+    for folder in needed:
+        device = folder.stat().st_dev
+        require_free_disk(folder, sum(size for other, size in needed.items() if other.stat().st_dev == device))
+
+
+def _standing(folder: Path) -> Path:
+    """The folder, or the nearest above it that is there."""
+    return next(each for each in (folder, *folder.parents) if each.exists())
+
+
+def require_free_disk(folder: Path, needed: int) -> None:
+    """Raises: IndexBuildError where a disk has fewer free bytes."""
+    free = shutil.disk_usage(folder).free
+    if needed > free:
+        raise IndexBuildError(
+            f"The index needs about {needed:,} bytes on the disk of {folder}; {free:,} are free",
+            "Free some, choose a smaller index.index_key, set index.rerank to int8 or none, or raise index.shards.",
+        )
