@@ -36,7 +36,7 @@ def status(output: OutputArgument, as_json: AsJson = False) -> None:
         out.print(f"  shards  {fact['done']:,} done, {pending} pending", markup=False)
         for modality, count in fact["items"].items():
             out.print(
-                f"  {modality:<6}  {count['embedded']:,} embedded, {count['rejected']:,} rejected, "
+                f"  {modality:<10}  {count['embedded']:,} embedded, {count['rejected']:,} rejected, "
                 f"{count['removed']:,} removed, {count['absent']:,} absent",
                 markup=False,
             )
