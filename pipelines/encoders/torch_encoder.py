@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -13,27 +14,22 @@ from pipelines.encoders.batch import DTYPES, Normalize, stack
 
 
 class TorchEncoder:
-    """A model on one device. A family says what `image`, `text` and `pair` are, as far as it has them.
+    """A model on one device, in eval mode, its parameters in the dtype of spec.precision.
 
-    model: in eval mode, its parameters in the dtype of spec.precision.
+    A family defines those of these that its modalities need, each giving [n, dim] or [n, count, dim]:
+    image: of normalised pixels [n, 3, height, width].
+    text: of int64 ids and mask [n, length], 1 where there is a token.
+    pair: of images with their captions: pixels, ids and mask as above.
     """
+
+    image: Callable[[torch.Tensor], torch.Tensor]
+    text: Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
+    pair: Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
 
     def __init__(self, spec: EncoderSpec, device: torch.device, model: Any) -> None:
         self.spec, self.device = spec, device
         self.model = model.to(device).eval().requires_grad_(False)
         self._normalize = Normalize(spec.image, device, DTYPES[spec.precision]) if spec.image else None
-
-    def image(self, pixels: torch.Tensor) -> torch.Tensor:
-        """[n, dim] from normalised pixels [n, 3, height, width]."""
-        raise NotImplementedError
-
-    def text(self, ids: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
-        """[n, dim] from int64 ids and mask [n, length], 1 where there is a token."""
-        raise NotImplementedError
-
-    def pair(self, pixels: torch.Tensor, ids: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
-        """[n, dim] of images with their captions."""
-        raise NotImplementedError
 
     def collate(self, pixels: list[NDArray[np.uint8]]) -> dict[str, torch.Tensor]:
         return stack(pixels)
