@@ -16,6 +16,7 @@ from jobs.encoders import app as encoders
 from jobs.fit import fit
 from jobs.index import index
 from jobs.releases import publish, releases, rollback
+from jobs.remove import remove
 from jobs.search import search
 from jobs.signals import Stopped, received, stoppable
 from jobs.status import status
@@ -30,7 +31,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-for verb in (plan, embed, index, releases, publish, rollback, search, fit, status, verify, collect, demo):
+for verb in (plan, embed, index, releases, publish, rollback, search, fit, remove, status, verify, collect, demo):
     app.command()(verb)
 app.add_typer(encoders, name="encoders")
 

@@ -26,6 +26,7 @@ from pipelines.ledger import (
     staged,
 )
 from pipelines.storage import Store, is_temporary
+from pipelines.takedowns import FOLDER
 
 DATA = ("samples", "embeddings", "translations", "rejects")
 _PART = re.compile(r"part-(?P<stem>[^.]+\.[^.]+\.\d+)\.parquet")
@@ -47,7 +48,9 @@ def leftovers(store: Store) -> list[Leftover]:
     staging = [Leftover("staging", path, size) for path, size in store.sizes(STAGING)]
     named = {family: {ref.stem for ref in list_commits(store, family)} for family in _families(store)}
     found = [Leftover("orphan", path, size) for path, size in data if _is_orphan(path, named)]
-    found += [Leftover("orphan", *item) for top in (COMMITS, "reports") for item in store.sizes(top) if _is_torn(item)]
+    found += [
+        Leftover("orphan", *item) for top in (COMMITS, "reports", FOLDER) for item in store.sizes(top) if _is_torn(item)
+    ]
     found += [*staging, *_of_indexes(store)]
     found += [Leftover("retired", path, size) for path, size in store.sizes(RETIRED)]
     return found

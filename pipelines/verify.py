@@ -79,8 +79,8 @@ def _of_counts(commit: Commit) -> Iterator[str]:
         if rows != count.embedded:
             yield f"{commit.ref.path}: {rows:,} {modality} vectors in its parts, {count.embedded:,} counted"
     samples = sum(part.rows for part in commit.parts if part.dataset == SAMPLES_FAMILY)
-    if commit.family == SAMPLES_FAMILY and samples != commit.rows:
-        yield f"{commit.ref.path}: {samples:,} rows in its part, {commit.rows:,} counted"
+    if commit.family == SAMPLES_FAMILY and samples != commit.rows - commit.removed:
+        yield f"{commit.ref.path}: {samples:,} rows in its part, {commit.rows - commit.removed:,} counted"
 
 
 def _digest(store: Store, path: str) -> str:

@@ -25,7 +25,7 @@ from pipelines.index.release import (
     swap,
     unfinished,
 )
-from pipelines.ledger import Commit, CommitRef, list_commits, read_commits
+from pipelines.ledger import Commit, read_commits, standing_commits
 from pipelines.record import read_record
 from pipelines.storage import Store
 
@@ -98,7 +98,7 @@ def require_files(store: Store, release: Release) -> None:
 def obstacles(store: Store, release: Release, floor: float) -> Iterator[Obstacle]:
     """What bars a release from being published: too low a recall, too many rejects, counts that do not agree."""
     yield from _of_recall(release, floor)
-    commits = list(read_commits(store, _standing(store, release.encoder)))
+    commits = list(read_commits(store, standing_commits(store, release.encoder)))
     yield from _of_rejects(store, commits)
     yield from _of_counts(store, release, commits)
 
@@ -114,12 +114,6 @@ def _of_recall(release: Release, floor: float) -> Iterator[Obstacle]:
             f"Raise index.max_query_ms or index.rerank_factor, choose a larger index.index_key, or accept it: "
             f"`vecmill publish … --release {release.version} --floor {int(lowest * 100) / 100:g}`.",
         )
-
-
-def _standing(store: Store, encoder: str) -> list[CommitRef]:
-    """Of each shard's versions the highest generation."""
-    refs = sorted(list_commits(store, encoder), key=lambda ref: ref.generation)
-    return list({(ref.shard, ref.version): ref for ref in refs}.values())
 
 
 def _of_rejects(store: Store, commits: list[Commit]) -> Iterator[Obstacle]:
