@@ -15,15 +15,15 @@ LAYERS = [
     {"fragments", "ledger", "lease", "record"},
     {"sources", "encoders", "scenes", "families"},
     {"prepare", "meter", "failures", "read", "translate", "decode", "overlap", "encode", "merge", "write"},
-    {"embed"},
+    {"embed", "training"},
     {"index"},
     {"search", "queries", "collect", "verify", "rate", "fit"},
 ]
 # record.py describes an encoder by its spec, which is light; nothing else may reach up.
 ALLOWED_UP = {("record", "encoders")}
 HEAVY = {
-    "ray": {"read", "write", "meter", "failures", "embed", "index"},
-    "torch": {"encoders", "encode", "translate", "rate"},
+    "ray": {"read", "write", "meter", "failures", "embed", "index", "training"},
+    "torch": {"encoders", "encode", "translate", "rate", "training"},
     "faiss": {"index", "search"},
     "autofaiss": {"index"},
 }
