@@ -28,16 +28,17 @@ LAYERS = [
         "remove",
         "compact",
     },
-    {"embed"},
+    {"embed", "training"},
     {"index"},
     {"search", "queries", "collect", "verify", "rate", "fit"},
+    {"evaluate"},
 ]
 # record.py describes an encoder by its spec, which is light; nothing else may reach up.
 ALLOWED_UP = {("record", "encoders")}
 HEAVY = {
-    "ray": {"read", "write", "meter", "failures", "embed", "index"},
-    "torch": {"encoders", "encode", "translate", "rate"},
-    "faiss": {"index", "search"},
+    "ray": {"read", "write", "meter", "failures", "embed", "index", "training"},
+    "torch": {"encoders", "encode", "translate", "rate", "training"},
+    "faiss": {"index", "search", "evaluate"},
     "autofaiss": {"index"},
 }
 FILES = sorted((ROOT / "pipelines").rglob("*.py"))
