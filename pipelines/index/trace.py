@@ -42,6 +42,7 @@ class Origin:
     offset: int | None
     length: int | None
     row_group: int | None
+    sha256: str | None
     captions: list[str | None]
     label: str | None
     metadata: str | None
@@ -119,7 +120,7 @@ def _of_part(store: Store, parts: Parts, part: PartRange, ids: list[int]) -> lis
     ]
 
 
-_SAMPLE = ["uri", "offset", "length", "row_group", "captions", "label", "metadata"]
+_SAMPLE = ["uri", "offset", "length", "row_group", "sha256", "captions", "label", "metadata"]
 
 
 def samples_of(store: Store, name: str, keys: dict[int, str]) -> dict[int, dict[str, Any]]:

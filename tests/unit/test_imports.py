@@ -17,7 +17,7 @@ LAYERS = [
     {"prepare", "meter", "failures", "read", "translate", "decode", "overlap", "encode", "merge", "write"},
     {"embed"},
     {"index"},
-    {"search", "queries", "collect", "verify", "rate", "fit"},
+    {"search", "fold", "queries", "like", "collect", "verify", "rate", "fit"},
 ]
 # record.py describes an encoder by its spec, which is light; nothing else may reach up.
 ALLOWED_UP = {("record", "encoders")}
