@@ -49,6 +49,11 @@ class Holding:
     rows: Ids
     items: dict[str, int]
 
+    @property
+    def told(self) -> str:
+        counted = ", ".join(f"{count:,} of {dataset}" for dataset, count in self.items.items() if count)
+        return f"shard {self.commit.shard} ({counted})"
+
 
 @dataclass
 class Dropped:
@@ -60,15 +65,17 @@ class Dropped:
     reasons: Counter[str] = field(default_factory=Counter)
 
 
-def compact_parts(store: Store, done: Callable[[Holding], None] = lambda holding: None) -> list[Holding]:
+def compact_parts(
+    store: Store, done: Callable[[Holding], None] = lambda holding: None, waiting: bool | None = None
+) -> list[Holding]:
     """Every family's parts without what was taken down; what they were.
 
     May die at any moment and be run again, or beside another: each commit follows the ledger's own protocol. Memory:
-    a row group of each of 4 parts. Raises: LedgerError, StorageError.
+    a row group of each of 4 parts. waiting: as for `holdings`. Raises: LedgerError, StorageError.
     """
     write = validate(WriteConfig, read_record(store).settings.get("write") or {})
 
-    held = list(holdings(store))
+    held = list(holdings(store, waiting))
     generations = {family: _generations(store, family) for family in {each.commit.family for each in held}}
 
     def compacted(holding: Holding) -> Holding:
@@ -85,22 +92,24 @@ def compact_parts(store: Store, done: Callable[[Holding], None] = lambda holding
     return held
 
 
-def holdings(store: Store) -> Iterator[Holding]:
-    """The standing commits that hold rows which were taken down. Opens only those of shards that had takedowns."""
+def holdings(store: Store, waiting: bool | None = None) -> Iterator[Holding]:
+    """The standing commits that hold rows which were taken down. Opens only those of shards that had takedowns.
+
+    waiting: of takedowns that no compaction has dealt with yet; False: of those that one has, so that there should be
+    none; None: of all.
+    """
     known = read_takedowns(store)
-    touched = known.touched(waiting=True)
+    touched = known.touched(waiting)
     for family in sorted({name.split("/")[0] for name in store.names(COMMITS)}):
         for ref in standing_commits(store, family):
-            if f"{ref.shard}.{ref.version}" in touched and (holding := _holding(store, ref, known)):
+            if f"{ref.shard}.{ref.version}" in touched and (holding := _holding(store, ref, known, waiting)):
                 yield holding
 
 
-def _holding(store: Store, ref: CommitRef, known: Takedowns) -> Holding | None:
+def _holding(store: Store, ref: CommitRef, known: Takedowns, waiting: bool | None) -> Holding | None:
     try:
         standing = read_commit(store, ref)
-        if not all(store.exists(part.final) for part in standing.parts):
-            place(store, standing)
-        rows = known.rows_of(ref.shard, ref.version, waiting=True)
+        rows = known.rows_of(ref.shard, ref.version, waiting)
         items = {part.dataset: _count(store, part, rows) for part in standing.parts}
     except FileNotFoundError:
         return None  # replaced by another run meanwhile
@@ -108,13 +117,17 @@ def _holding(store: Store, ref: CommitRef, known: Takedowns) -> Holding | None:
 
 
 def _count(store: Store, part: Part, rows: Ids) -> int:
-    with store.open(part.final) as stream:
+    """In a part that may not be in its place yet."""
+    path = part.final if store.exists(part.final) else part.staged
+    with store.open(path) as stream:
         column = pq.read_table(stream, columns=["row"], use_threads=False, pre_buffer=False)["row"]
     return int(np.isin(column.to_numpy(), rows).sum())
 
 
 def _compact(store: Store, holding: Holding, generation: int, write: WriteConfig) -> None:
     old = holding.commit
+    if not all(store.exists(part.final) for part in old.parts):
+        place(store, old)
     ref = old.ref._replace(generation=generation)
     staging = staging_folder(ref.family, ref.shard, ref.version, old.fingerprint)
     candidate = _written_again(store, holding, ref, f"{staging}/{uuid.uuid4().hex}", write)

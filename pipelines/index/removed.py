@@ -35,10 +35,7 @@ def holds_removed(store: Store, release: Release) -> bool:
     Such a vector lies in a part that still holds it, or that a compaction, or a change of its input, has done away
     with since.
     """
-    known = read_takedowns(store)
-    if not len(known):
-        return False
-    parts = release.parts
+    known, parts = read_takedowns(store), release.parts
     return bool(_gone(store, parts, known)) or any(len(ids) for _, ids in _waiting(store, parts, known))
 
 

@@ -30,7 +30,7 @@ LAYERS = [
     },
     {"embed"},
     {"index"},
-    {"search", "queries", "collect", "verify", "rate", "fit"},
+    {"search", "queries", "collect", "purge", "verify", "rate", "fit"},
 ]
 # record.py describes an encoder by its spec, which is light; nothing else may reach up.
 ALLOWED_UP = {("record", "encoders")}
