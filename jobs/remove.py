@@ -94,7 +94,7 @@ def asked_for(keys: Path | None, key: list[str] | None, images: Path | None, rea
     from pipelines.remove import Asked
 
     asked = Asked([*(key or []), *_lines(keys)], [line.lower() for line in _lines(images)])
-    if any(each in reason for each in asked.keys):
+    if set(asked.keys) & {word.strip(".,;:()'\"") for word in reason.split()}:
         raise ConfigError("The reason names a key, and would keep it for ever", "Say it otherwise.")
     return asked
 

@@ -69,10 +69,11 @@ def purge(store: Store, drop: bool = False, say: Say = lambda line: None) -> Pur
     staging would come after.
     """
     with held(store, COLLECT, "remove", excludes=lambda other: True, say=say):
+        left = leftovers(store)
         finish(store)
         asked = [id for id, compacted in requests(store).items() if not compacted]
         written = compact_parts(store, lambda holding: say(f"wrote {holding.told} again"))
-        done = Purge(written, list(_homes(store)), leftovers(store), drop)
+        done = Purge(written, list(_homes(store)), left, drop)
         for home in done.homes:
             _drop(store, home, drop, say)
         clear(store)
