@@ -63,11 +63,16 @@ def collect(store: Store, say: Say = lambda line: None) -> list[Leftover]:
     """
     with held(store, COLLECT, "collect", excludes=lambda other: True, say=say):
         before = leftovers(store)
-        _finish(store)
-        known = _commits(store)
-        store.delete(leftover.path for leftover in leftovers(store))
-        _withdraw(store, _commits(store) - known)
+        finish(store)
+        clear(store)
     return before
+
+
+def clear(store: Store) -> None:
+    """Deletes what nothing names, of runs that are dead: for whoever holds the lease that excludes all others."""
+    known = _commits(store)
+    store.delete(leftover.path for leftover in leftovers(store))
+    _withdraw(store, _commits(store) - known)
 
 
 def _withdraw(store: Store, committed: set[CommitRef]) -> None:
@@ -89,7 +94,7 @@ def totals(found: Iterable[Leftover]) -> dict[str, tuple[int, int]]:
     return {kind: (count, sizes[kind]) for kind, count in objects.items()}
 
 
-def _finish(store: Store) -> None:
+def finish(store: Store) -> None:
     """Retirements and placements that a run began; the latter lie in the staging of what is committed."""
     families = _families(store)
     for ref in make_plan(store, [], families).superseded:

@@ -12,6 +12,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from pipelines.contracts import SAMPLES_FAMILY
+from pipelines.errors import LedgerError
 from pipelines.ledger import CommitRef, place, read_commit, standing_commits
 from pipelines.storage import Store
 from pipelines.takedowns import TOMBSTONE, Marks, Request, Takedowns, marks_of, read_takedowns, record
@@ -108,7 +109,7 @@ def _search(store: Store, refs: list[CommitRef], asked: Asked) -> Iterator[Found
 def _in_part(store: Store, ref: CommitRef, keys: pa.Array, images: pa.Array) -> pa.Table:
     path = f"{SAMPLES_FAMILY}/part-{ref.stem}.parquet"
     if not store.exists(path):
-        place(store, read_commit(store, ref))
+        _place(store, ref)
     searched = ["key", "sha256"] if len(images) else ["key"]
     with store.open(path) as stream, pq.ParquetFile(stream, pre_buffer=False) as file:
         tables = []
@@ -121,6 +122,16 @@ def _in_part(store: Store, ref: CommitRef, keys: pa.Array, images: pa.Array) -> 
                 rows = file.read_row_group(group, _SEEN, use_threads=False)
                 tables.append(_with_lasting(rows).filter(wanted))
         return pa.concat_tables(tables) if tables else _with_lasting(file.schema_arrow.empty_table().select(_SEEN))
+
+
+def _place(store: Store, ref: CommitRef) -> None:
+    """What a run has committed and not yet placed. Raises: FileNotFoundError where another takes it away just now."""
+    try:
+        place(store, read_commit(store, ref))
+    except LedgerError:
+        if store.exists(ref.path):
+            raise
+        raise FileNotFoundError(ref.path) from None
 
 
 def _with_lasting(rows: pa.Table) -> pa.Table:

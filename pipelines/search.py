@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
@@ -16,12 +17,15 @@ from pipelines.index.parts import Parts, Vectors, batches, embeddings_folder, li
 from pipelines.index.probe import ask_shard, open_with, probe
 from pipelines.index.recall import EXACT_METRICS, Top, exact, exact_of_several, merge, with_ties
 from pipelines.index.release import Release, latest_or_none, read_release
+from pipelines.index.removed import not_removed
 from pipelines.index.rerank import candidates, rerank_in_blocks, stored_vectors
 from pipelines.index.selection import Selection, both
 from pipelines.index.trace import Origin, trace_standing
 from pipelines.record import FILE, read_record
 from pipelines.storage import Store
+from pipelines.takedowns import read_takedowns
 
+LOOK_EVERY_S = 5.0
 Warn = Callable[[str], None]
 Probe = Callable[[Vectors, int, Selection | None], Top]
 
@@ -47,7 +51,8 @@ class Searcher:
     release's. resident: holds every index shard from the start; else a search opens one after the other, with
     memory for one. rerank: for each hit so many candidates are scored again with their stored vectors, 0 for none;
     where left out, as many as the release was measured with, if it has stored vectors. among: says of the parts
-    that are searched which of their ids may ever be found; all, where it is left out or says None.
+    that are searched which of their ids may ever be found; all, where it is left out or says None. What was taken
+    down is never found.
     Raises: ConfigError for an encoder that is not there, IndexBuildError for an index that is not.
     """
 
@@ -71,6 +76,8 @@ class Searcher:
         self.metric = metric or (self.release.metric if self.release else "ip")
         self.parts = self.release.parts if self.release and (release or not exact) else self._parts_now()
         self.among = among(self.parts)
+        self._takedowns = read_takedowns(store)
+        self._standing, self._looked = not_removed(store, self.parts, self._takedowns), time.monotonic()
         searched = None if exact else self.release
         self.rerank = rerank_factor(searched, rerank)
         self._stored = stored_vectors(store, searched) if searched and self.rerank else None
@@ -94,7 +101,7 @@ class Searcher:
         """
         queries = np.ascontiguousarray(queries, np.float32)
         self._require_shape(queries)
-        allowed = both(self.among, among)
+        allowed = both(self._not_removed(), self.among, among)
         if not self._stored:
             return with_ties(lambda count: self._found(queries, count, allowed), k * blocks)
         size = candidates(k, self.rerank)
@@ -119,6 +126,14 @@ class Searcher:
         if self.exact:
             return exact(queries, self._batches(among), k, self.metric, among)
         return merge((probe_shard(queries, k, among) for probe_shard in self._probes), k, self.metric)
+
+    def _not_removed(self) -> Selection | None:
+        """What is taken down while this is open is found no more after a few seconds."""
+        if time.monotonic() - self._looked > LOOK_EVERY_S:
+            known, self._looked = read_takedowns(self.store), time.monotonic()
+            if known is not self._takedowns:
+                self._takedowns, self._standing = known, not_removed(self.store, self.parts, known)
+        return self._standing
 
     def _batches(self, among: Selection | None) -> Iterator[tuple[int, Vectors]]:
         return batches(self.store, among.of(self.parts) if among else self.parts)

@@ -174,22 +174,26 @@ class Takedowns:
             frozenset(self.rows[here].tolist()), frozenset(keys.tolist()), frozenset(contents.tolist()), self
         )
 
-    def rows_of(self, shard: str, version: str, waiting: bool = False) -> NDArray[np.int64]:
-        """The removed rows of a shard's version, ascending. waiting: those alone that no compaction has dropped."""
-        here = self.places == _place(f"{shard}.{version}")
-        rows: NDArray[np.int64] = np.unique(self.rows[here & self.waiting if waiting else here])
+    def rows_of(self, shard: str, version: str, waiting: bool | None = None) -> NDArray[np.int64]:
+        """The removed rows of a shard's version, ascending. waiting: those alone that no compaction has dropped, or
+        (False) that one has."""
+        here = (self.places == _place(f"{shard}.{version}")) & self._of(waiting)
+        rows: NDArray[np.int64] = np.unique(self.rows[here])
         return rows
 
-    def touched(self, waiting: bool = False) -> Touched:
-        return Touched(frozenset((self.places[self.waiting] if waiting else self.places).tolist()))
+    def touched(self, waiting: bool | None = None) -> Touched:
+        return Touched(frozenset(self.places[self._of(waiting)].tolist()))
+
+    def _of(self, waiting: bool | None) -> NDArray[np.bool_]:
+        return self.waiting == waiting if waiting is not None else np.ones(len(self), bool)
 
     def touched_objects(self) -> Touched:
         return Touched(frozenset(self.objects.tolist()))
 
-    @property
-    def samples(self) -> int:
+    def samples(self, waiting: bool | None = None) -> int:
         """How many, each once however often it was asked for."""
-        return len(np.unique(np.stack([self.places, self.rows.view(np.uint64)]), axis=1).T)
+        mine = self._of(waiting)
+        return int(np.unique(np.stack([self.places[mine], self.rows[mine].view(np.uint64)]), axis=1).shape[1])
 
 
 @dataclass(frozen=True)
@@ -201,6 +205,9 @@ class Touched:
     def __contains__(self, name: str) -> bool:
         """name: `shard.version`, or of an object."""
         return bool(self.places) and _place(name) in self.places
+
+    def __len__(self) -> int:
+        return len(self.places)
 
 
 def requests(store: Store) -> dict[str, bool]:

@@ -30,7 +30,7 @@ LAYERS = [
     },
     {"embed", "training"},
     {"index"},
-    {"collect", "fit", "fold", "like", "queries", "rate", "search", "verify"},
+    {"collect", "fit", "fold", "like", "purge", "queries", "rate", "search", "verify"},
     {"evaluate"},
 ]
 # record.py describes an encoder by its spec, which is light; nothing else may reach up.

@@ -63,7 +63,7 @@ def test_every_sample_of_a_key_is_found_and_what_is_in_none_is_told(store: Store
     ]
     assert removal.missing == ["nowhere"] and removal.samples == 4
     known = read_takedowns(store)
-    assert known.samples == 4 and known.rows_of(SHARDS[0], "v1").tolist() == [3, 19]
+    assert known.samples() == 4 and known.rows_of(SHARDS[0], "v1").tolist() == [3, 19]
     (request,) = read_requests(store)
     assert (request.by, request.reason, request.samples) == ("tester@here", "a notice", 4) == (
         removal.request.by, removal.request.reason, removal.request.samples,
