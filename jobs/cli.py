@@ -13,6 +13,7 @@ from jobs.console import err
 from jobs.demo import demo
 from jobs.embed import embed, plan
 from jobs.encoders import app as encoders
+from jobs.evaluate import evaluate
 from jobs.fit import fit
 from jobs.index import index
 from jobs.releases import publish, releases, rollback
@@ -30,7 +31,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-for verb in (plan, embed, index, releases, publish, rollback, search, fit, status, verify, collect, demo):
+for verb in (plan, embed, index, releases, publish, rollback, search, evaluate, fit, status, verify, collect, demo):
     app.command()(verb)
 app.add_typer(encoders, name="encoders")
 

@@ -128,7 +128,7 @@ def samples_of(store: Store, name: str, keys: dict[int, str]) -> dict[int, dict[
     keys: of those rows, as the part has them. Raises: ReplacedError where the shard's samples are not there,
     LedgerError where they lack a row or have another key for it.
     """
-    path = _samples_path(store, name)
+    path = samples_path(store, name)
     with open_part(store, path) as stream:
         table = pq.read_table(
             stream,
@@ -148,7 +148,7 @@ def samples_of(store: Store, name: str, keys: dict[int, str]) -> dict[int, dict[
     return found
 
 
-def _samples_path(store: Store, name: str) -> str:
+def samples_path(store: Store, name: str) -> str:
     """Of the same generation as the part, which is the rule; else the highest there is."""
     if store.exists(f"{SAMPLES_FAMILY}/{name}"):
         return f"{SAMPLES_FAMILY}/{name}"

@@ -104,6 +104,7 @@ def test_help_lists_every_verb(vecmill: Vecmill) -> None:
         "demo",
         "embed",
         "encoders",
+        "evaluate",
         "fit",
         "index",
         "plan",
