@@ -11,6 +11,7 @@ import typer
 from jobs.collect import collect, verify
 from jobs.console import err
 from jobs.demo import demo
+from jobs.duplicates import duplicates
 from jobs.embed import embed, plan
 from jobs.encoders import app as encoders
 from jobs.evaluate import evaluate
@@ -31,7 +32,12 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-for verb in (plan, embed, index, releases, publish, rollback, search, evaluate, fit, status, verify, collect, demo):
+VERBS = (
+    *(plan, embed, index, releases, publish, rollback, search),
+    *(evaluate, duplicates),
+    *(fit, status, verify, collect, demo),
+)
+for verb in VERBS:
     app.command()(verb)
 app.add_typer(encoders, name="encoders")
 

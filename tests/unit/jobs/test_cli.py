@@ -102,6 +102,7 @@ def test_help_lists_every_verb(vecmill: Vecmill) -> None:
     assert VERBS == [
         "collect",
         "demo",
+        "duplicates",
         "embed",
         "encoders",
         "evaluate",
