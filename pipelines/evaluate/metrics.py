@@ -59,18 +59,6 @@ def ranks_of_counts(ahead: Ints, relevant: Ints) -> Ranks:
     return Ranks(np.where(ahead == MISSING, MISSING, np.minimum(ahead, MISSING - 1 - places) + places), relevant)
 
 
-def joined(several: Iterable[Ranks]) -> Ranks:
-    """Of all queries, one block of them after the other."""
-    blocks = list(several)
-    most = max((block.found.shape[1] for block in blocks), default=0)
-    wide = [
-        np.pad(block.found, ((0, 0), (0, most - block.found.shape[1])), constant_values=MISSING) for block in blocks
-    ]
-    relevant = [block.relevant for block in blocks]
-    none = np.empty((0, most), np.int64)
-    return Ranks(np.concatenate([none, *wide]), np.concatenate([np.empty(0, np.int64), *relevant]))
-
-
 def recall_at_k(ranks: Ranks, k: int) -> float:
     """Share of queries with a relevant item among the first k: Recall@k of image-text retrieval, CMC's rank-k."""
     return float((ranks.first <= k).mean())
@@ -102,16 +90,6 @@ def ndcg_at_k(ranks: Ranks, k: int) -> float:
     return float((gains / ideal[np.minimum(ranks.relevant, k)]).mean())
 
 
-def median_rank(ranks: Ranks) -> float:
-    """Of the first relevant item."""
-    return float(np.median(ranks.first))
-
-
-def mean_rank(ranks: Ranks) -> float:
-    """Of the first relevant item."""
-    return float(ranks.first.mean())
-
-
 def at_depths(ranks: Ranks, depths: Sequence[int] = DEPTHS) -> dict[str, float]:
     """Those figures that the first max(depths) of each ranking decide."""
     return {
@@ -122,11 +100,14 @@ def at_depths(ranks: Ranks, depths: Sequence[int] = DEPTHS) -> dict[str, float]:
     }
 
 
-def of_whole(ranks: Ranks, depths: Sequence[int] = DEPTHS) -> dict[str, float]:
-    """Every figure, of rankings of everything there is."""
-    return {
-        **at_depths(ranks, depths),
-        "map": mean_average_precision(ranks),
-        "median_rank": median_rank(ranks),
-        "mean_rank": mean_rank(ranks),
-    }
+def of_whole(blocks: Iterable[Ranks], depths: Sequence[int] = DEPTHS) -> dict[str, float]:
+    """Every figure, of rankings of everything there is, which come in blocks of queries; one block is held."""
+    means: dict[str, float] = {}
+    first = [np.empty(0, np.int64)]
+    for block in blocks:
+        for name, value in {**at_depths(block, depths), "map": mean_average_precision(block)}.items():
+            means[name] = means.get(name, 0.0) + len(block) * value
+        first.append(block.first)
+    ranks = np.concatenate(first)
+    means = {name: total / len(ranks) for name, total in means.items()}
+    return {**means, "median_rank": float(np.median(ranks)), "mean_rank": float(ranks.mean())}

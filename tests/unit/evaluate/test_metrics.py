@@ -14,9 +14,7 @@ from pipelines.evaluate.metrics import (
     Ranks,
     at_depths,
     average_precision,
-    joined,
     mean_average_precision,
-    median_rank,
     ndcg_at_k,
     of_whole,
     precision_at_k,
@@ -61,7 +59,7 @@ def written_out(scores: np.ndarray, relevant: np.ndarray, k: int) -> dict[str, f
 
 @given(rankings(), st.sampled_from(DEPTHS))
 def test_every_figure_is_its_written_out_definition(case: tuple[np.ndarray, np.ndarray], k: int) -> None:
-    ours, theirs = of_whole(ranked(*case), (k,)), written_out(*case, k)
+    ours, theirs = of_whole([ranked(*case)], (k,)), written_out(*case, k)
     expected = {
         f"recall@{k}": theirs["recall"],
         f"precision@{k}": theirs["precision"],
@@ -108,7 +106,7 @@ def test_untied_scores_are_the_library_s_as_they_are() -> None:
 
 def test_one_vector_for_everything_finds_nothing() -> None:
     relevant = np.eye(50, dtype=bool)
-    figures = of_whole(ranked(np.ones((50, 50), np.float32), relevant))
+    figures = of_whole([ranked(np.ones((50, 50), np.float32), relevant)])
     assert (figures["recall@10"], figures["median_rank"], figures["map"]) == (0, 50, pytest.approx(1 / 50))
 
 
@@ -132,16 +130,17 @@ def test_the_first_k_decide_the_figures_at_depths(case: tuple[np.ndarray, np.nda
     assert at_depths(ranks_in_order(top, relevant.sum(axis=1)), (k,)) == pytest.approx(at_depths(ranked(*case), (k,)))
 
 
-def test_nothing_found_is_zero_and_an_infinite_rank() -> None:
+def test_nothing_found_is_zero() -> None:
     none = ranks_in_order(np.zeros((4, 10), bool), np.full(4, 3))
-    assert set(at_depths(none).values()) == {0.0}
-    assert median_rank(none) == float(MISSING)
+    assert set(at_depths(none).values()) == {0.0} and none.first.tolist() == 4 * [MISSING]
 
 
-def test_blocks_of_queries_join() -> None:
-    one = Ranks(np.array([[1, 4]]), np.array([2]))
-    two = Ranks(np.array([[2]]), np.array([1]))
-    both = joined([one, two])
-    assert both.found.tolist() == [[1, 4], [2, MISSING]]
-    assert average_precision(both).tolist() == [0.75, 0.5]
-    assert len(joined([])) == 0
+@given(rankings())
+def test_blocks_of_queries_give_the_figures_of_all(case: tuple[np.ndarray, np.ndarray]) -> None:
+    scores, relevant = case
+    blocks = [ranked(scores[at : at + 2], relevant[at : at + 2]) for at in range(0, len(scores), 2)]
+    assert of_whole(blocks) == pytest.approx(of_whole([ranked(scores, relevant)]))
+
+
+def test_average_precision_by_hand() -> None:
+    assert average_precision(Ranks(np.array([[1, 4]]), np.array([2]))).tolist() == [0.75]
