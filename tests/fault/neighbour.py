@@ -14,20 +14,15 @@ import time
 import numpy as np
 import ray
 
+from tests.conftest import start
+
 STORE_BYTES, OBJECT_BYTES = 80 * 2**20, 2**20
 REFUSALS = 5
 
 
 def main(spill: str) -> None:
     with tempfile.TemporaryDirectory(prefix="vm", ignore_cleanup_errors=True) as folder:
-        ray.init(
-            num_cpus=4,
-            object_store_memory=STORE_BYTES,
-            object_spilling_directory=spill,
-            include_dashboard=False,
-            log_to_driver=False,
-            _temp_dir=folder,
-        )
+        start(folder, STORE_BYTES, object_spilling_directory=spill)
         held = fill()
         print("held", len(held) * OBJECT_BYTES, ray.get_runtime_context().gcs_address, flush=True)
         sys.stdin.readline()

@@ -111,6 +111,7 @@ def test_help_lists_every_verb(vecmill: Vecmill) -> None:
         "plan",
         "publish",
         "releases",
+        "remove",
         "rollback",
         "search",
         "status",
