@@ -19,6 +19,7 @@ from jobs.options import (
     named_output,
 )
 from pipelines.config import IndexConfig, validate
+from pipelines.errors import ConfigError
 from pipelines.observe import duration
 from pipelines.record import read_record
 from pipelines.storage import Store
@@ -31,7 +32,10 @@ IndexKey = Annotated[
 ]
 Metric = Annotated[str | None, typer.Option(help="ip (inner product) or l2.")]
 Shards = Annotated[int | None, typer.Option(help="Index shards, each filled by one task.")]
-Memory = Annotated[str | None, typer.Option("--max-index-memory", help="Memory budget of one index shard, as in 4G.")]
+Memory = Annotated[
+    str | None,
+    typer.Option("--shard-memory", help="In place of --shards: as many as keep each within so much memory, as in 4G."),
+]
 Latency = Annotated[float | None, typer.Option("--max-query-ms", help="Latency target of one query.")]
 Rerank = Annotated[
     str | None,
@@ -53,7 +57,7 @@ def index(
     index_key: IndexKey = None,
     metric: Metric = None,
     shards: Shards = None,
-    max_index_memory: Memory = None,
+    shard_memory: Memory = None,
     max_query_ms: Latency = None,
     rerank: Rerank = None,
     floor: Floor = None,
@@ -67,19 +71,23 @@ def index(
     The exit code is 5 where the release is built but not published: its recall is below the floor, more items were
     rejected than the ceiling allows, or counts do not agree.
 
-    Example: vecmill index s3://bucket/emb --shards 8 --max-index-memory 4G
+    Example: vecmill index s3://bucket/emb --shards 8
+
+    Example: vecmill index s3://bucket/emb --index-key OPQ64_256,IVF65536_HNSW32,PQ64x8 --shard-memory 4G
     """
     from pipelines.index.build import build_index
     from pipelines.index.publish import NotPublishedError
     from pipelines.search import choose_encoder
 
+    if shards and shard_memory:
+        raise ConfigError("--shards and --shard-memory both say how many index shards there are", "Give one of them.")
     named = named_output(output)
     folder = choose_encoder(named.store, encoder or named.encoder)
     flags = {
         "index_key": index_key,
         "metric": metric,
-        "shards": shards,
-        "max_index_memory": max_index_memory,
+        "shards": "auto" if shard_memory else shards,
+        "shard_memory": shard_memory,
         "max_query_ms": max_query_ms,
         "rerank": rerank,
         "floor": floor,
