@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 import uuid
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -18,8 +20,9 @@ import ray
 
 from pipelines.config import IndexConfig
 from pipelines.contracts import Modality
-from pipelines.errors import ConfigError, VecmillError
+from pipelines.errors import ConfigError, IndexBuildError, VecmillError
 from pipelines.index.add import answer_task, fill_task, read_task, score_task
+from pipelines.index.attempt import Attempt, Filled, Learnt, attempted
 from pipelines.index.choose import holds_codes
 from pipelines.index.measure import CURVE_K, Ask, Found, draw_samples, merged, require_whole, rerank_ms
 from pipelines.index.parts import BATCH_BYTES, Parts, Vectors, embeddings_folder, list_parts
@@ -29,13 +32,14 @@ from pipelines.index.queries import Queries, caption_queries, split_sample
 from pipelines.index.recall import DEPTHS, Top, merge, without
 from pipelines.index.release import (
     REPORT,
+    TRAINED,
     Coding,
     CurvePoint,
     IndexShard,
+    KeptFile,
     Recall,
     Release,
     Rerank,
-    claim_version,
     current_version,
     finish,
     index_folder,
@@ -43,6 +47,7 @@ from pipelines.index.release import (
     number_of,
     open_shard,
     publication,
+    sha256_of,
     unfinished,
 )
 from pipelines.index.report import markdown
@@ -87,7 +92,23 @@ def build_index(
     require_room(plan, store)
     # A name of its own: two builds may run at once, but nothing may be collected under them.
     with held(store, f"index/{encoder}.{modality}.{uuid.uuid4().hex[:12]}", "index", say=progress):
-        return _publish(Build(store, encoder, modality, plan, settings), latest, fingerprint, progress)
+        home, digest = index_folder(encoder, modality), digest_of(plan, settings, fingerprint)
+        with attempted(store, home, digest, progress) as attempt:
+            return _publish(Build(attempt, encoder, modality, plan, settings), latest, fingerprint, progress)
+
+
+def digest_of(plan: Plan, settings: IndexConfig, fingerprint: str) -> str:
+    """Of all that decides what is built."""
+    decided = {
+        "parts": plan.parts.model_dump(),
+        "key": plan.key,
+        "runs": [[run.start, run.stop] for run in plan.runs],
+        "rerank": plan.rerank,
+        "settings": _building(settings.model_dump(mode="json")),
+        "fingerprint": fingerprint,
+        "versions": versions(),
+    }
+    return hashlib.sha256(json.dumps(decided, sort_keys=True).encode()).hexdigest()
 
 
 def require_one_vector(parts: Parts, encoder: str, modality: Modality) -> None:
@@ -107,15 +128,17 @@ def _publish(build: Build, latest: Release | None, fingerprint: str, progress: P
     progress(f"{plan.key} in {len(plan.runs)} index shards → {build.folder}")
     for dead in unfinished(build.store, index_folder(build.encoder, build.modality)):
         if dead != build.version:
-            progress(f"{dead} is unfinished: another build is at it, or died; if none runs, its folder can go")
+            progress(
+                f"{dead} is unfinished: another build is at it, or died; if none runs, `vecmill collect` clears it"
+            )
     try:
         release = build.release(id_space(latest, plan.parts, progress), fingerprint, progress)
-    except BaseException:
-        build.store.delete_folder(build.folder)
+    except (ConfigError, IndexBuildError):
+        # What is wrong with its parts will still be so; whatever else ended it, the next build goes on from here.
+        build.attempt.clear()
         raise
-    finally:
-        build.store.delete_folder(build.staging)
     finish(build.store, release, publish=False)
+    build.store.delete_folder(build.attempt.staging)
     return settle(build.store, release, build.settings, progress)
 
 
@@ -168,14 +191,10 @@ def _building(settings: dict[str, Any]) -> dict[str, Any]:
 class Build:
     """One attempt at a release: its place, its plan, and what its stages took."""
 
-    def __init__(self, store: Store, encoder: str, modality: Modality, plan: Plan, settings: IndexConfig) -> None:
-        self.store, self.encoder, self.modality = store, encoder, modality
+    def __init__(self, attempt: Attempt, encoder: str, modality: Modality, plan: Plan, settings: IndexConfig) -> None:
+        self.attempt, self.encoder, self.modality = attempt, encoder, modality
+        self.store, self.version, self.folder = attempt.store, attempt.version, attempt.folder
         self.plan, self.settings = plan, settings
-        self.attempt = uuid.uuid4().hex
-        home = index_folder(encoder, modality)
-        self.staging = f"staging/{home}/{self.attempt}"
-        self.version = claim_version(store, home, self.attempt)
-        self.folder = f"{home}/{self.version}"
         self.seconds: dict[str, float] = {}
         self.peak_mib: dict[str, float] = {}
 
@@ -189,14 +208,10 @@ class Build:
 
     def release(self, id_space: int, fingerprint: str, progress: Progress) -> Release:
         """Every stage but the last: all files but the manifest are in place."""
-        with self.stage("read"):
-            sample, queries = self.read(progress)
-        with self.stage("train"):
-            trained = self.train(sample)
-            coding = learn_coding(self.plan.rerank, sample if len(sample) else queries.kinds[self.modality])
-        del sample
+        learnt, queries = self.learnt(progress)
+        coding = learnt.coding
         with self.stage("add"):
-            shards, truth = self.add(trained, queries, coding, progress)
+            shards, truth = self.add(learnt, queries, progress)
         with self.stage("tune"):
             tuned = self.tune(shards[0], queries)
         with self.stage("recall"):
@@ -220,10 +235,26 @@ class Build:
             versions=versions(),
             made=f"{datetime.now(UTC):%Y-%m-%d %H:%M:%S} UTC",
             bytes_per_vector=bytes_per_vector(shards),
+            trained=learnt.trained,
             **measured,
         )
         self.store.put_atomic(f"{self.folder}/{REPORT}", markdown(release).encode())
         return release
+
+    def learnt(self, progress: Progress) -> tuple[Learnt, Queries]:
+        """What index shards are filled with, and asked; of an attempt that was taken up, what it had."""
+        if known := self.attempt.learnt():
+            self.seconds, self.peak_mib = known[0].seconds, known[0].peak_mib
+            progress("it was trained before")
+            return known
+        with self.stage("read"):
+            sample, queries = self.read(progress)
+        with self.stage("train"):
+            trained = self.train(sample)
+            coding = learn_coding(self.plan.rerank, sample if len(sample) else queries.kinds[self.modality])
+        learnt = Learnt(trained=trained, coding=coding, seconds=self.seconds, peak_mib=self.peak_mib)
+        self.attempt.keep_learnt(learnt, queries)
+        return learnt, queries
 
     def read(self, progress: Progress) -> tuple[Vectors, Queries]:
         """The training sample, float32 [n, dim], and the queries; each part's share read in its run's task."""
@@ -238,33 +269,39 @@ class Build:
             kinds["text"] = captions
         return sample, Queries(kinds, drawn.ids(self.plan.parts)[drawn.queries])
 
-    def train(self, sample: Vectors) -> str:
-        """The path of the empty trained index that every index shard starts from."""
+    def train(self, sample: Vectors) -> KeptFile:
+        """The empty trained index that every index shard starts from."""
         index = train(self.plan.key, self.settings.metric, sample, self.plan.parts.dim)
-        path = f"{self.staging}/trained.faiss"
         with scratch_folder() as scratch:
-            local = Path(scratch) / "trained.faiss"
+            local = Path(scratch) / TRAINED
             faiss.write_index(index, str(local))
-            self.store.put_atomic(path, local)
-        return path
+            self.store.put_atomic(f"{self.folder}/{TRAINED}", local)
+            return KeptFile(file=TRAINED, bytes=local.stat().st_size, sha256=sha256_of(local))
 
-    def add(
-        self, trained: str, queries: Queries, coding: Coding | None, progress: Progress
-    ) -> tuple[list[IndexShard], Top]:
+    def add(self, learnt: Learnt, queries: Queries, progress: Progress) -> tuple[list[IndexShard], Top]:
+        """The index shards, and the exact nearest of each query. Those that were filled before stay as they are."""
+        names = [f"shard-{at:04d}.faiss" for at in range(len(self.plan.runs))]
+        filled = self.attempt.filled()
+        if filled:
+            progress(f"{len(filled)} of {len(names)} index shards were filled before")
+        runs = {name: parts for name, parts in zip(names, self.plan.run_parts(), strict=True) if name not in filled}
+        for each in self.fill(runs, learnt, queries):
+            filled[each.shard.file] = each
+            progress(f"filled {each.shard.file}, {len(filled)} of {len(names)}: {each.shard.rows:,} vectors")
+        self.peak_mib["add"] = max(each.peak_mib for each in filled.values())
+        truths = [filled[name].truth for name in names]
+        return [filled[name].shard for name in names], merge(truths, K + 1, self.settings.metric)
+
+    def fill(self, runs: dict[str, Parts], learnt: Learnt, queries: Queries) -> Iterator[Filled]:
+        """An index shard of each run of parts, in a task each. runs: by the file's name."""
         task: Any = fill_task.options(memory=self.plan.task_bytes)
-        asked = ray.put(queries.vectors)
-        targets = [f"{self.folder}/shard-{at:04d}.faiss" for at in range(len(self.plan.runs))]
-        scratch, metric = self.plan.scratch_bytes, self.settings.metric
+        asked, trained = ray.put(queries.vectors), f"{self.folder}/{learnt.trained.file}"
+        rest = (asked, K + 1, self.settings.metric, learnt.coding, self.plan.scratch_bytes)
         refs = [
-            task.remote(self.store, parts, trained, target, asked, K + 1, metric, coding, scratch)
-            for parts, target in zip(self.plan.run_parts(), targets, strict=True)
+            task.remote(self.store, self.attempt.note_of(name), parts, trained, f"{self.folder}/{name}", *rest)
+            for name, parts in runs.items()
         ]
-        filled = []
-        for ref in refs:
-            filled.append(get(ref))
-            progress(f"filled {filled[-1].shard.file}, {len(filled)} of {len(refs)}: {filled[-1].shard.rows:,} vectors")
-        self.peak_mib["add"] = max(each.peak_mib for each in filled)
-        return [each.shard for each in filled], merge([each.truth for each in filled], K + 1, self.settings.metric)
+        yield from map(get, refs)
 
     def tune(self, shard: IndexShard, queries: Queries) -> Tuned:
         """Parameters for all index shards, tuned on the first, and milliseconds a query of all takes.
