@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
 
@@ -11,16 +11,17 @@ import numpy as np
 from pipelines.contracts import Modality
 from pipelines.errors import ConfigError, InputError
 from pipelines.index.parts import Parts, Vectors, batches, embeddings_folder, list_parts
-from pipelines.index.probe import ask, open_with, probe
+from pipelines.index.probe import ask_shard, open_with, probe
 from pipelines.index.recall import EXACT_METRICS, Top, exact, exact_of_several, merge
 from pipelines.index.release import Release, latest_or_none, read_release
 from pipelines.index.rerank import candidates, stored_vectors
 from pipelines.index.rerank import rerank as reranked
+from pipelines.index.selection import Selection, both
 from pipelines.index.trace import Origin, trace_standing
 from pipelines.record import FILE, read_record
 from pipelines.storage import Store
 
-Probe = Callable[[Vectors, int], Top]
+Probe = Callable[[Vectors, int, Selection | None], Top]
 
 
 @dataclass(frozen=True)
@@ -39,7 +40,8 @@ class Searcher:
     ip, l2, cosine or l1, the release's or else ip where left out. params: FAISS search parameters in place of the
     release's. resident: holds every index shard from the start; else a search opens one after the other, with
     memory for one. rerank: for each hit so many candidates are scored again with their stored vectors, 0 for none;
-    where left out, as many as the release was measured with, if it has stored vectors.
+    where left out, as many as the release was measured with, if it has stored vectors. among: says of the parts
+    that are searched which of their ids may ever be found; all, where it is left out or says None.
     Raises: ConfigError for an encoder that is not there, IndexBuildError for an index that is not.
     """
 
@@ -54,6 +56,7 @@ class Searcher:
         params: str | None = None,
         resident: bool = True,
         rerank: int | None = None,
+        among: Callable[[Parts], Selection | None] = lambda parts: None,
     ) -> None:
         require_fitting(exact, metric, rerank)
         self.store, self.modality, self.exact = store, modality, exact
@@ -61,6 +64,7 @@ class Searcher:
         self.release = self._release(release)
         self.metric = metric or (self.release.metric if self.release else "ip")
         self.parts = self.release.parts if self.release and (release or not exact) else self._parts_now()
+        self.among = among(self.parts)
         searched = None if exact else self.release
         self.rerank = rerank_factor(searched, rerank)
         self._stored = stored_vectors(store, searched) if searched and self.rerank else None
@@ -76,11 +80,13 @@ class Searcher:
         before = [part.name for part in self.release.parts.ranges] if self.release else []
         return list_parts(self.store, embeddings_folder(self.encoder, self.modality), before)
 
-    def nearest(self, queries: Vectors, k: int) -> Top:
-        """Ids and scores of the k nearest of each query, float32 [q, dim], best first.
+    def nearest(self, queries: Vectors, k: int, among: Selection | None = None) -> Top:
+        """Ids and scores of the k nearest of each query, float32 [q, dim], best first; fewer where there are fewer.
 
-        Where items have several vectors, queries may have too, [q, several, dim].
+        Where items have several vectors, queries may have too, [q, several, dim]. among: what may be found, of
+        that which may be at all.
         """
+        allowed = both(self.among, among)
         queries = np.ascontiguousarray(queries, np.float32)
         shapes = (2, 3) if self.exact or self.parts.count > 1 else (2,)
         if queries.ndim not in shapes or queries.shape[-1] != self.parts.dim:
@@ -90,12 +96,15 @@ class Searcher:
             )
         if self.parts.count > 1 or queries.ndim == 3:
             self._require_inner_product()
-            return exact_of_several(queries, batches(self.store, self.parts), self.parts.count, k)
+            return exact_of_several(queries, self._batches(allowed), self.parts.count, k, allowed)
         if self.exact:
-            return exact(queries, batches(self.store, self.parts), k, self.metric)
+            return exact(queries, self._batches(allowed), k, self.metric, allowed)
         wanted = candidates(k, self.rerank) if self._stored else k
-        found = merge((probe_shard(queries, wanted) for probe_shard in self._probes), wanted, self.metric)
+        found = merge((probe_shard(queries, wanted, allowed) for probe_shard in self._probes), wanted, self.metric)
         return reranked(queries, found, self._stored, k, self.metric) if self._stored else found
+
+    def _batches(self, among: Selection | None) -> Iterator[tuple[int, Vectors]]:
+        return batches(self.store, among.of(self.parts) if among else self.parts)
 
     def _require_inner_product(self) -> None:
         if self.metric != "ip":
@@ -105,12 +114,18 @@ class Searcher:
                 "Leave --metric out.",
             )
 
-    def search(self, queries: Vectors, k: int = 10, warn: Callable[[str], None] = lambda line: None) -> list[list[Hit]]:
-        """For each query, float32 [q, dim], its k nearest items, best first; fewer where there are fewer.
+    def search(
+        self,
+        queries: Vectors,
+        k: int = 10,
+        warn: Callable[[str], None] = lambda line: None,
+        among: Selection | None = None,
+    ) -> list[list[Hit]]:
+        """For each query, float32 [q, dim], its k nearest items (`among` them); fewer where there are fewer.
 
         Hits in parts that were replaced since are left out; `warn` is told how many.
         """
-        top = self.nearest(queries, k)
+        top = self.nearest(queries, k, among)
         origins = trace_standing(self.store, self.parts, np.unique(top.ids[top.ids >= 0]).tolist())
         if left_out := int(np.isin(top.ids, [-1, *origins], invert=True).sum()):
             warn(
@@ -149,7 +164,8 @@ def shard_probes(store: Store, release: Release, params: str | None, resident: b
     """What asks each index shard: one held in memory from now on, or one opened for the question alone."""
     params = release.search_params if params is None else params
     if resident:
-        return [partial(ask, open_with(store, release.folder, shard, params)) for shard in release.shards]
+        opened = [(open_with(store, release.folder, shard, params), shard) for shard in release.shards]
+        return [partial(ask_shard, index, shard) for index, shard in opened]
     return [partial(probe, store, release.folder, shard, params) for shard in release.shards]
 
 

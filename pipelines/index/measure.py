@@ -12,8 +12,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from pipelines.errors import IndexBuildError
+from pipelines.index.among import ask, transformed
 from pipelines.index.parts import Ids, Parts, Vectors
-from pipelines.index.probe import ask
 from pipelines.index.queries import Queries
 from pipelines.index.recall import DEPTHS, Top, merge, recall_at, without
 from pipelines.index.release import Coding, IndexShard, open_shard
@@ -131,7 +131,7 @@ def _apart_in_order(index: Any, shard: IndexShard, samples: Samples) -> tuple[Ve
 
 def _apart_in_lists(index: Any, shard: IndexShard, samples: Samples) -> tuple[Vectors, Vectors]:
     """As above, in the space that the inverted lists hold."""
-    ivf, vectors = faiss.extract_index_ivf(index), _transformed(index, samples.vectors)
+    ivf, vectors = faiss.extract_index_ivf(index), transformed(index, samples.vectors)
     found = np.full(len(vectors), np.inf, np.float32)
     own = np.zeros(len(vectors), np.float32)
     held, codes = np.empty(ivf.d, np.float32), np.empty(ivf.code_size, np.uint8)
@@ -143,13 +143,6 @@ def _apart_in_lists(index: Any, shard: IndexShard, samples: Samples) -> tuple[Ve
         ivf.decode_vectors(1, faiss.swig_ptr(codes), faiss.swig_ptr(lists), faiss.swig_ptr(held))
         own[at] = np.linalg.norm(held - vector)
     return found, own
-
-
-def _transformed(index: Any, vectors: Vectors) -> Vectors:
-    if isinstance(index, faiss.IndexPreTransform):
-        for at in range(index.chain.size()):
-            vectors = faiss.downcast_VectorTransform(index.chain.at(at)).apply(vectors)
-    return vectors
 
 
 def _places(ivf: Any, ids: Ids) -> Iterable[tuple[int, int, int]]:

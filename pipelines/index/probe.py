@@ -5,16 +5,20 @@ from __future__ import annotations
 from typing import Any
 
 from pipelines.errors import IndexBuildError
+from pipelines.index.among import ask, ask_among
 from pipelines.index.parts import Vectors
 from pipelines.index.recall import Top
 from pipelines.index.release import IndexShard, open_shard
+from pipelines.index.selection import Selection
 from pipelines.index.tune import apply
 from pipelines.storage import Store
 
 
-def probe(store: Store, folder: str, shard: IndexShard, params: str, queries: Vectors, k: int) -> Top:
+def probe(
+    store: Store, folder: str, shard: IndexShard, params: str, queries: Vectors, k: int, among: Selection | None = None
+) -> Top:
     """What one index shard finds of float32 [q, dim] queries; memory for it until then."""
-    return ask(open_with(store, folder, shard, params), queries, k)
+    return ask_shard(open_with(store, folder, shard, params), shard, queries, k, among)
 
 
 def open_with(store: Store, folder: str, shard: IndexShard, params: str) -> Any:
@@ -33,6 +37,5 @@ def open_with(store: Store, folder: str, shard: IndexShard, params: str) -> Any:
     return index
 
 
-def ask(index: Any, queries: Vectors, k: int) -> Top:
-    scores, ids = index.search(queries, k)
-    return Top(ids, scores)
+def ask_shard(index: Any, shard: IndexShard, queries: Vectors, k: int, among: Selection | None = None) -> Top:
+    return ask(index, queries, k) if among is None else ask_among(index, queries, k, among, shard.first_id)

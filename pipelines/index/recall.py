@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
 import faiss
@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 
 from pipelines.index.choose import METRICS
 from pipelines.index.parts import Ids, Vectors
+from pipelines.index.selection import Selection
 
 DEPTHS = (1, 10, 100)
 EXACT_METRICS = ("ip", "l2", "cosine", "l1")
@@ -69,12 +70,31 @@ def _unit(vectors: Vectors) -> Vectors:
     return np.asarray(vectors / np.where(lengths > 0, lengths, 1), np.float32)
 
 
-def exact(queries: Vectors, batches: Iterable[tuple[int, Vectors]], k: int, metric: str) -> Top:
-    """The exact k nearest, in one pass over `batches` with memory for one of them."""
+def exact(
+    queries: Vectors, batches: Iterable[tuple[int, Vectors]], k: int, metric: str, among: Selection | None = None
+) -> Top:
+    """The exact k nearest (among what may be found), in one pass over `batches` with memory for one of them."""
     best = empty_top(len(queries))
-    for first, batch in batches:
-        best = merge([best, exact_in_batch(queries, first, batch, k, metric)], k, metric)
+    for ids, batch in _allowed(batches, 1, among):
+        best = merge([best, _renamed(exact_in_batch(queries, 0, batch, k, metric), ids)], k, metric)
     return best
+
+
+def _allowed(
+    batches: Iterable[tuple[int, Vectors]], count: int, among: Selection | None
+) -> Iterator[tuple[Ids, Vectors]]:
+    """(int64 ids [n], float32 [n * count, dim]) of what may be found."""
+    for first, batch in batches:
+        ids = np.arange(first, first + len(batch) // count)
+        if among is not None:
+            kept = among.mask(first, first + len(ids))
+            ids, batch = ids[kept], batch[np.repeat(kept, count)]
+        if len(ids):
+            yield ids, batch
+
+
+def _renamed(top: Top, ids: Ids) -> Top:
+    return Top(ids[top.ids], top.scores)
 
 
 def max_similarity(queries: Vectors, first: int, batch: Vectors, count: int, k: int) -> Top:
@@ -96,11 +116,13 @@ def _similarities(query: Vectors, batch: Vectors, count: int) -> Vectors:
     return scores
 
 
-def exact_of_several(queries: Vectors, batches: Iterable[tuple[int, Vectors]], count: int, k: int) -> Top:
-    """The k of highest `max_similarity`, in one pass over `batches`."""
+def exact_of_several(
+    queries: Vectors, batches: Iterable[tuple[int, Vectors]], count: int, k: int, among: Selection | None = None
+) -> Top:
+    """The k of highest `max_similarity` (among what may be found), in one pass over `batches`."""
     best = empty_top(len(queries))
-    for first, batch in batches:
-        best = merge([best, max_similarity(queries, first, batch, count, k)], k, "ip")
+    for ids, batch in _allowed(batches, count, among):
+        best = merge([best, _renamed(max_similarity(queries, 0, batch, count, k), ids)], k, "ip")
     return best
 
 
