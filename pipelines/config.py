@@ -170,6 +170,9 @@ class IndexConfig(Section):
     floor: float = Field(
         0.9, ge=0, le=1, description="recall@10, re-ranked, below which a release is built and not published"
     )
+    drift_warning: float = Field(
+        1.5, gt=0, description="error of new vectors over that of the old, above which an update says to train anew"
+    )
     keep: int = Field(3, ge=1, description="releases older than the current one that publishing leaves")
     seed: int = Field(0, ge=0)
 

@@ -138,6 +138,6 @@ def cut(parts: Parts, shards: int) -> list[range]:
     """Contiguous runs of parts (as positions among them) of about equal rows, at most `shards` of them."""
     total, runs = parts.rows, dict[int, range]()
     for at, part in enumerate(parts.ranges):
-        shard = (part.offset + part.rows // 2) * shards // max(1, total)
+        shard = (part.offset - parts.ranges[0].offset + part.rows // 2) * shards // max(1, total)
         runs[shard] = range(runs[shard].start if shard in runs else at, at + 1)
     return [run for run in runs.values() if any(parts.ranges[at].rows for at in run)]

@@ -13,6 +13,7 @@ import faiss
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from pipelines.errors import IndexBuildError
+from pipelines.index.drift import Drift
 from pipelines.index.parts import Parts
 from pipelines.storage import Store, is_whole_json
 
@@ -117,7 +118,8 @@ class Release(BaseModel):
     search_params: as FAISS's ParameterSpace reads them. settings: the index settings it was made by.
     seconds, peak_mib: of each stage. bytes_per_vector: of the FAISS files (`index`) and the side files (`rerank`).
     round_trips: sampled ids that led back to part, row and key, and to the very vector that was indexed.
-    trained: the empty index that every index shard started from.
+    trained: the empty index that every index shard started from. asked: what recall was measured with.
+    grown_from: the release whose index shards are in it. drift: of what was added to them.
     """
 
     model_config = ConfigDict(frozen=True)
@@ -146,6 +148,9 @@ class Release(BaseModel):
     curve: tuple[CurvePoint, ...] = ()
     round_trips: int = 0
     trained: KeptFile | None = None
+    asked: KeptFile | None = None
+    grown_from: str | None = None
+    drift: Drift | None = None
 
     @property
     def folder(self) -> str:
@@ -154,7 +159,7 @@ class Release(BaseModel):
     @property
     def files(self) -> list[IndexShard | SideFile | KeptFile]:
         shards = [file for shard in self.shards for file in (shard, shard.side) if file]
-        return [*shards, *([self.trained] if self.trained else [])]
+        return [*shards, *(file for file in (self.trained, self.asked) if file)]
 
 
 def index_folder(encoder: str, modality: str) -> str:

@@ -102,6 +102,11 @@ class Selection:
         return parts.model_copy(update={"ranges": tuple(kept)})
 
 
+def standing(parts: Parts) -> Selection | None:
+    """All but what is of parts that are gone; None where none is."""
+    return Selection.every(parts.rows).without_ranges(parts.gone) if parts.gone else None
+
+
 def both(*selections: Selection | None) -> Selection | None:
     """What all allow; None, which is no restriction, where all are."""
     given = [selection for selection in selections if selection is not None]

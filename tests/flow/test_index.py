@@ -108,7 +108,7 @@ def test_the_release_is_whole(output: Path, release: Release) -> None:
     assert not [path for path in (output / "staging").rglob("*") if path.is_file()]
     files = sorted(path.name for path in (output / release.folder).iterdir())
     shards = [f"shard-{at:04d}.{suffix}" for at in range(4) for suffix in ("faiss", "npy")]
-    assert files == ["build.json", "manifest.json", "report.md", *shards, "trained.faiss"]
+    assert files == ["build.json", "manifest.json", "report.md", *shards, "trained.faiss", "truth.npz"]
 
 
 def test_every_id_leads_back_to_its_key_and_vector(output: Path, release: Release) -> None:
