@@ -155,9 +155,12 @@ class WriteConfig(Section):
 class IndexConfig(Section):
     index_key: str | None = Field(None, description="FAISS factory string; unset: autofaiss chooses")
     metric: Literal["ip", "l2"] = "ip"
-    max_index_memory: str = Field("4G", description="memory budget of one index shard when loaded")
+    shard_memory: str = Field("4G", description="most memory that one index shard may take when loaded")
     max_query_ms: float = Field(10.0, gt=0, description="latency target of one query")
-    shards: PositiveInt | Auto = Field("auto", description="index shards; auto: one per 10 million vectors")
+    shards: PositiveInt | Auto = Field(
+        "auto",
+        description="index shards; auto: as many as index.shard_memory asks for, one per 10 million vectors at least",
+    )
     train_vectors: PositiveInt | Auto = Field("auto", description="vectors sampled for training; auto: 100 per cluster")
     recall_queries: int = Field(1_000, ge=1, description="queries that recall is measured with")
     rerank: Literal["auto", "float16", "int8", "none"] = Field(
@@ -166,6 +169,9 @@ class IndexConfig(Section):
     rerank_factor: int = Field(10, ge=1, description="candidates re-scored for each hit asked for")
     floor: float = Field(
         0.9, ge=0, le=1, description="recall@10, re-ranked, below which a release is built and not published"
+    )
+    drift_warning: float = Field(
+        1.5, gt=0, description="error of new vectors over that of the old, above which an update says to train anew"
     )
     keep: int = Field(3, ge=1, description="releases older than the current one that publishing leaves")
     seed: int = Field(0, ge=0)

@@ -13,13 +13,13 @@ import numpy as np
 from pipelines.contracts import Modality
 from pipelines.errors import ConfigError, InputError
 from pipelines.fold import fold as fold_hits
-from pipelines.index.parts import Parts, Vectors, batches, embeddings_folder, list_parts
+from pipelines.index.parts import Parts, Vectors, batches, embeddings_folder, list_grown, list_parts
 from pipelines.index.probe import ask_shard, open_with, probe
 from pipelines.index.recall import EXACT_METRICS, Top, exact, exact_of_several, merge, with_ties
 from pipelines.index.release import Release, latest_or_none, read_release
 from pipelines.index.removed import not_removed
 from pipelines.index.rerank import candidates, rerank_in_blocks, stored_vectors
-from pipelines.index.selection import Selection, both
+from pipelines.index.selection import Selection, both, standing
 from pipelines.index.trace import Origin, trace_standing
 from pipelines.record import FILE, read_record
 from pipelines.storage import Store
@@ -75,7 +75,7 @@ class Searcher:
         self.release = self._release(release)
         self.metric = metric or (self.release.metric if self.release else "ip")
         self.parts = self.release.parts if self.release and (release or not exact) else self._parts_now()
-        self.among = among(self.parts)
+        self.among = both(among(self.parts), standing(self.parts))
         self._takedowns = read_takedowns(store)
         self._standing, self._looked = not_removed(store, self.parts, self._takedowns), time.monotonic()
         searched = None if exact else self.release
@@ -89,9 +89,10 @@ class Searcher:
         return read_release(self.store, self.encoder, self.modality, version)
 
     def _parts_now(self) -> Parts:
-        """In the release's order as far as its parts are still there, so that ids are the same."""
-        before = [part.name for part in self.release.parts.ranges] if self.release else []
-        return list_parts(self.store, embeddings_folder(self.encoder, self.modality), before)
+        """The release's, so that ids are the same, less those that are gone, and what has come since."""
+        if self.release:
+            return list_grown(self.store, self.release.parts)
+        return list_parts(self.store, embeddings_folder(self.encoder, self.modality))
 
     def nearest(self, queries: Vectors, k: int, among: Selection | None = None, blocks: int = 1) -> Top:
         """Ids and scores of the k nearest of each query, float32 [q, dim], best first; fewer where there are fewer.

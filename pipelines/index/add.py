@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -10,27 +9,16 @@ import faiss
 import numpy as np
 import ray
 
+from pipelines.index.attempt import Filled, keep_filled
 from pipelines.index.measure import answer, score
 from pipelines.index.parts import Parts, Vectors, batches
-from pipelines.index.recall import Top, empty_top, exact_in_batch, merge
+from pipelines.index.recall import empty_top, exact_in_batch, merge
 from pipelines.index.release import Coding, IndexShard, SideFile, load_index, sha256_of
 from pipelines.index.rerank import SideWriter
 from pipelines.index.room import require_free_disk
 from pipelines.index.train import read_picked
 from pipelines.observe import peak_memory_mib
 from pipelines.storage import Store, scratch_folder
-
-
-@dataclass(frozen=True)
-class Filled:
-    """An index shard in its place, and what the one pass over its parts found besides.
-
-    truth: the exact nearest of each query among these parts.
-    """
-
-    shard: IndexShard
-    truth: Top
-    peak_mib: float
 
 
 def fill(
@@ -78,7 +66,14 @@ def _put(store: Store, index: Any, target: str, first_id: int, local: Path, side
     )
 
 
-fill_task = ray.remote(num_cpus=1)(fill)
+def fill_and_note(store: Store, note: str, *rest: Any) -> Filled:
+    """`fill`, and last of all a note that it is done."""
+    filled = fill(store, *rest)
+    keep_filled(store, note, filled)
+    return filled
+
+
+fill_task = ray.remote(num_cpus=1)(fill_and_note)
 answer_task = ray.remote(num_cpus=1)(answer)
 score_task = ray.remote(num_cpus=1)(score)
 read_task = ray.remote(num_cpus=1)(read_picked)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 import uuid
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -19,24 +21,27 @@ import ray
 from pipelines.compact import compact_parts
 from pipelines.config import IndexConfig
 from pipelines.contracts import Modality
-from pipelines.errors import ConfigError, VecmillError
+from pipelines.errors import ConfigError, IndexBuildError, VecmillError
 from pipelines.index.add import answer_task, fill_task, read_task, score_task
+from pipelines.index.asked import Asked, keep_asked
+from pipelines.index.attempt import Attempt, Filled, Learnt, attempted
 from pipelines.index.choose import holds_codes
-from pipelines.index.measure import CURVE_K, Ask, Found, draw_samples, merged, require_whole, rerank_ms
+from pipelines.index.measure import CURVE_K, Answers, Ask, Found, draw_samples, merged, require_whole, rerank_ms
 from pipelines.index.parts import BATCH_BYTES, Parts, Vectors, embeddings_folder, list_parts
 from pipelines.index.plan import Plan, make_plan
 from pipelines.index.publish import publish
 from pipelines.index.queries import Queries, caption_queries, split_sample
-from pipelines.index.recall import DEPTHS, Top, merge, without
+from pipelines.index.recall import DEPTHS, Top, empty_top, merge, without
 from pipelines.index.release import (
     REPORT,
+    TRAINED,
     Coding,
     CurvePoint,
     IndexShard,
+    KeptFile,
     Recall,
     Release,
     Rerank,
-    claim_version,
     current_version,
     finish,
     index_folder,
@@ -44,11 +49,13 @@ from pipelines.index.release import (
     number_of,
     open_shard,
     publication,
+    sha256_of,
     unfinished,
 )
 from pipelines.index.report import markdown
 from pipelines.index.rerank import StoredVectors, learn_coding
 from pipelines.index.room import require_room
+from pipelines.index.selection import standing
 from pipelines.index.train import train
 from pipelines.index.tune import apply, around, query_ms, tune
 from pipelines.lease import held
@@ -80,7 +87,7 @@ def build_index(
     fingerprint = recorded_fingerprint(store, encoder)
     drop_removed(store, progress)
     latest = newest_or_none(store, encoder, modality)
-    before = [part.name for part in latest.parts.ranges] if latest else []
+    before = [part.name for part in latest.parts.ranges] if latest and not latest.parts.gone else []
     parts = list_parts(store, embeddings_folder(encoder, modality), before)
     if latest and not force and is_current(latest, parts, settings, fingerprint):
         progress(f"{latest.folder} is up to date: the same parts and settings (--force builds it again)")
@@ -88,9 +95,35 @@ def build_index(
     require_one_vector(parts, encoder, modality)
     plan = make_plan(parts, settings)
     require_room(plan, store)
-    # A name of its own: two builds may run at once, but nothing may be collected under them.
-    with held(store, f"index/{encoder}.{modality}.{uuid.uuid4().hex[:12]}", "index", say=progress):
-        return _publish(Build(store, encoder, modality, plan, settings), latest, fingerprint, progress)
+    with attempt_at(store, encoder, modality, digest_of(plan, settings, fingerprint), progress) as attempt:
+        build = Build(attempt, encoder, modality, plan, settings)
+        return build_and_settle(build, id_space(latest, parts, progress), fingerprint, progress)
+
+
+@contextmanager
+def attempt_at(store: Store, encoder: str, modality: str, digest: str, progress: Progress) -> Iterator[Attempt]:
+    """A version for one build, whose files nothing collects meanwhile."""
+    # A name of its own: two builds may run at once.
+    with (
+        held(store, f"index/{encoder}.{modality}.{uuid.uuid4().hex[:12]}", "index", say=progress),
+        attempted(store, index_folder(encoder, modality), digest, progress) as attempt,
+    ):
+        yield attempt
+
+
+def digest_of(plan: Plan, settings: IndexConfig, fingerprint: str, grown_from: str | None = None) -> str:
+    """Of all that decides what is built."""
+    decided = {
+        "parts": plan.parts.model_dump(),
+        "key": plan.key,
+        "runs": [[run.start, run.stop] for run in plan.runs],
+        "rerank": plan.rerank,
+        "settings": _building(settings.model_dump(mode="json")),
+        "fingerprint": fingerprint,
+        "versions": versions(),
+        "grown_from": grown_from,
+    }
+    return hashlib.sha256(json.dumps(decided, sort_keys=True).encode()).hexdigest()
 
 
 def drop_removed(store: Store, progress: Progress) -> None:
@@ -111,21 +144,24 @@ def require_one_vector(parts: Parts, encoder: str, modality: Modality) -> None:
         )
 
 
-def _publish(build: Build, latest: Release | None, fingerprint: str, progress: Progress) -> Release:
+def build_and_settle(build: Build, id_space: int, fingerprint: str, progress: Progress) -> Release:
     plan = build.plan
-    progress(f"{plan.parts.rows:,} vectors of {plan.parts.dim} dimensions in {len(plan.parts.ranges)} parts")
+    filled = plan.new_parts
+    progress(f"{filled.rows:,} vectors of {filled.dim} dimensions in {len(filled.ranges)} parts")
     progress(f"{plan.key} in {len(plan.runs)} index shards → {build.folder}")
     for dead in unfinished(build.store, index_folder(build.encoder, build.modality)):
         if dead != build.version:
-            progress(f"{dead} is unfinished: another build is at it, or died; if none runs, its folder can go")
+            progress(
+                f"{dead} is unfinished: another build is at it, or died; if none runs, `vecmill collect` clears it"
+            )
     try:
-        release = build.release(id_space(latest, plan.parts, progress), fingerprint, progress)
-    except BaseException:
-        build.store.delete_folder(build.folder)
+        release = build.release(id_space, fingerprint, progress)
+    except (ConfigError, IndexBuildError):
+        # What is wrong with its parts will still be so; whatever else ended it, the next build goes on from here.
+        build.attempt.clear()
         raise
-    finally:
-        build.store.delete_folder(build.staging)
     finish(build.store, release, publish=False)
+    build.store.delete_folder(build.attempt.staging)
     return settle(build.store, release, build.settings, progress)
 
 
@@ -178,14 +214,10 @@ def _building(settings: dict[str, Any]) -> dict[str, Any]:
 class Build:
     """One attempt at a release: its place, its plan, and what its stages took."""
 
-    def __init__(self, store: Store, encoder: str, modality: Modality, plan: Plan, settings: IndexConfig) -> None:
-        self.store, self.encoder, self.modality = store, encoder, modality
+    def __init__(self, attempt: Attempt, encoder: str, modality: Modality, plan: Plan, settings: IndexConfig) -> None:
+        self.attempt, self.encoder, self.modality = attempt, encoder, modality
+        self.store, self.version, self.folder = attempt.store, attempt.version, attempt.folder
         self.plan, self.settings = plan, settings
-        self.attempt = uuid.uuid4().hex
-        home = index_folder(encoder, modality)
-        self.staging = f"staging/{home}/{self.attempt}"
-        self.version = claim_version(store, home, self.attempt)
-        self.folder = f"{home}/{self.version}"
         self.seconds: dict[str, float] = {}
         self.peak_mib: dict[str, float] = {}
 
@@ -199,18 +231,14 @@ class Build:
 
     def release(self, id_space: int, fingerprint: str, progress: Progress) -> Release:
         """Every stage but the last: all files but the manifest are in place."""
-        with self.stage("read"):
-            sample, queries = self.read(progress)
-        with self.stage("train"):
-            trained = self.train(sample)
-            coding = learn_coding(self.plan.rerank, sample if len(sample) else queries.kinds[self.modality])
-        del sample
+        learnt, queries = self.learnt(progress)
+        coding = learnt.coding
         with self.stage("add"):
-            shards, truth = self.add(trained, queries, coding, progress)
+            shards, asked = self.add(learnt, queries, progress)
         with self.stage("tune"):
-            tuned = self.tune(shards[0], queries)
+            tuned = self.tune(shards, queries)
         with self.stage("recall"):
-            measured = self.measure(shards, tuned, queries, truth, coding)
+            measured = self.measure(shards, tuned, queries, asked.truth, coding)
         release = Release(
             version=self.version,
             id_space=id_space,
@@ -230,10 +258,28 @@ class Build:
             versions=versions(),
             made=f"{datetime.now(UTC):%Y-%m-%d %H:%M:%S} UTC",
             bytes_per_vector=bytes_per_vector(shards),
+            trained=learnt.trained,
+            asked=keep_asked(self.store, self.folder, self.kept(asked)),
+            **self.grown(learnt, queries, progress),
             **measured,
         )
         self.store.put_atomic(f"{self.folder}/{REPORT}", markdown(release).encode())
         return release
+
+    def learnt(self, progress: Progress) -> tuple[Learnt, Queries]:
+        """What index shards are filled with, and asked; of an attempt that was taken up, what it had."""
+        if known := self.attempt.learnt():
+            self.seconds, self.peak_mib = known[0].seconds, known[0].peak_mib
+            progress("it was trained before")
+            return known
+        with self.stage("read"):
+            sample, queries = self.read(progress)
+        with self.stage("train"):
+            trained = self.train(sample)
+            coding = learn_coding(self.plan.rerank, sample if len(sample) else queries.kinds[self.modality])
+        learnt = Learnt(trained=trained, coding=coding, seconds=self.seconds, peak_mib=self.peak_mib)
+        self.attempt.keep_learnt(learnt, queries)
+        return learnt, queries
 
     def read(self, progress: Progress) -> tuple[Vectors, Queries]:
         """The training sample, float32 [n, dim], and the queries; each part's share read in its run's task."""
@@ -242,54 +288,79 @@ class Build:
         runs = zip(self.plan.run_parts(), self.plan.run_positions(), strict=True)
         refs = [read_task.remote(self.store, parts, positions) for parts, positions in runs]
         sample, own = split_sample(map(get, refs), drawn, self.plan.parts.dim)
-        captions = caption_queries(self.store, self.encoder, self.plan.parts, self.settings)
+        captions = caption_queries(self.store, self.encoder, self.plan.new_parts, self.settings)
         kinds: dict[str, Vectors] = {self.modality: own}
         if self.modality == "image" and captions is not None:
             kinds["text"] = captions
         return sample, Queries(kinds, drawn.ids(self.plan.parts)[drawn.queries])
 
-    def train(self, sample: Vectors) -> str:
-        """The path of the empty trained index that every index shard starts from."""
+    def train(self, sample: Vectors) -> KeptFile:
+        """The empty trained index that every index shard starts from."""
         index = train(self.plan.key, self.settings.metric, sample, self.plan.parts.dim)
-        path = f"{self.staging}/trained.faiss"
         with scratch_folder() as scratch:
-            local = Path(scratch) / "trained.faiss"
+            local = Path(scratch) / TRAINED
             faiss.write_index(index, str(local))
-            self.store.put_atomic(path, local)
-        return path
+            self.store.put_atomic(f"{self.folder}/{TRAINED}", local)
+            return KeptFile(file=TRAINED, bytes=local.stat().st_size, sha256=sha256_of(local))
 
-    def add(
-        self, trained: str, queries: Queries, coding: Coding | None, progress: Progress
+    def add(self, learnt: Learnt, queries: Queries, progress: Progress) -> tuple[list[IndexShard], Asked]:
+        """The index shards, and the exact nearest of each query."""
+        names = [f"shard-{at:04d}.faiss" for at in range(len(self.plan.runs))]
+        shards, truth = self.filled(names, learnt, queries, progress)
+        return shards, Asked.of(queries, truth, K + 1, self.settings.metric)
+
+    def filled(
+        self, names: list[str], learnt: Learnt, queries: Queries, progress: Progress
     ) -> tuple[list[IndexShard], Top]:
-        task: Any = fill_task.options(memory=self.plan.task_bytes)
-        asked = ray.put(queries.vectors)
-        targets = [f"{self.folder}/shard-{at:04d}.faiss" for at in range(len(self.plan.runs))]
-        scratch, metric = self.plan.scratch_bytes, self.settings.metric
-        refs = [
-            task.remote(self.store, parts, trained, target, asked, K + 1, metric, coding, scratch)
-            for parts, target in zip(self.plan.run_parts(), targets, strict=True)
-        ]
-        filled = []
-        for ref in refs:
-            filled.append(get(ref))
-            progress(f"filled {filled[-1].shard.file}, {len(filled)} of {len(refs)}: {filled[-1].shard.rows:,} vectors")
-        self.peak_mib["add"] = max(each.peak_mib for each in filled)
-        return [each.shard for each in filled], merge([each.truth for each in filled], K + 1, self.settings.metric)
+        """An index shard of each run, and the exact nearest of each query in them. What was filled before stays."""
+        filled = self.attempt.filled()
+        if filled:
+            progress(f"{len(filled)} of {len(names)} index shards were filled before")
+        runs = {name: parts for name, parts in zip(names, self.plan.run_parts(), strict=True) if name not in filled}
+        for each in self.fill(runs, learnt, queries):
+            filled[each.shard.file] = each
+            progress(f"filled {each.shard.file}, {len(filled)} of {len(names)}: {each.shard.rows:,} vectors")
+        self.peak_mib["add"] = max((each.peak_mib for each in filled.values()), default=0)
+        truths = [empty_top(len(queries.vectors)), *(filled[name].truth for name in names)]
+        return [filled[name].shard for name in names], merge(truths, K + 1, self.settings.metric)
 
-    def tune(self, shard: IndexShard, queries: Queries) -> Tuned:
+    def fill(self, runs: dict[str, Parts], learnt: Learnt, queries: Queries) -> Iterator[Filled]:
+        """An index shard of each run of parts, in a task each. runs: by the file's name."""
+        task: Any = fill_task.options(memory=self.plan.task_bytes)
+        asked, trained = ray.put(queries.vectors), f"{self.folder}/{learnt.trained.file}"
+        rest = (asked, K + 1, self.settings.metric, learnt.coding, self.plan.scratch_bytes)
+        refs = [
+            task.remote(self.store, self.attempt.note_of(name), parts, trained, f"{self.folder}/{name}", *rest)
+            for name, parts in runs.items()
+        ]
+        yield from map(get, refs)
+
+    def kept(self, asked: Asked) -> Asked:
+        """What the next update is measured with."""
+        return asked
+
+    def grown(self, learnt: Learnt, queries: Queries, progress: Progress) -> dict[str, Any]:
+        """The fields of the release that tell what it grew from."""
+        return {}
+
+    def tune(self, shards: list[IndexShard], queries: Queries) -> Tuned:
         """Parameters for all index shards, tuned on the first, and milliseconds a query of all takes.
 
         A search goes through the index shards one after the other, so that each has its rows' share
         of the target.
         """
+        shard = shards[0]
         share = shard.rows / self.plan.parts.rows
         index = open_shard(self.store, self.folder, shard)
-        params = tune(index, self.plan.key, self.settings.max_query_ms * share)
+        params = self.params(index, share)
         times = {}
         for each in [*around(self.plan.key, params), params]:
             apply(index, each)
             times[each] = round(query_ms(index, queries.vectors, 1.0 if each == params else CURVE_S) / share, 3)
         return Tuned(params, times)
+
+    def params(self, index: Any, share: float) -> str:
+        return tune(index, self.plan.key, self.settings.max_query_ms * share)
 
     def measure(
         self, shards: list[IndexShard], tuned: Tuned, queries: Queries, truth: Top, coding: Coding | None
@@ -298,12 +369,11 @@ class Build:
         factor, metric = (self.settings.rerank_factor if coding else 1), self.settings.metric
         asks = [Ask(tuned.params, K * factor + 1), *(Ask(params, CURVE_K * factor + 1) for params in tuned.times)]
         samples = draw_samples(self.store, self.plan.parts, self.settings.seed)
-        task = answer_task.options(memory=self.plan.task_bytes)
+        task: Any = answer_task.options(memory=self.plan.task_bytes)
         asked = ray.put(queries.vectors)
-        refs = [task.remote(self.store, self.folder, shard, asks, asked, samples, coding) for shard in shards]
-        answers = (
-            require_whole(self.store, self.folder, shard, get(ref)) for shard, ref in zip(shards, refs, strict=True)
-        )
+        among = standing(self.plan.parts)
+        refs = [task.remote(self.store, self.folder, shard, asks, asked, samples, coding, among) for shard in shards]
+        answers = (self.heard(shard, queries, get(ref)) for shard, ref in zip(shards, refs, strict=True))
         tops = merged(answers, asks, metric, queries.own)
         truth = without(truth, queries.own)
         scores = self.scores(shards, asked, tops, coding) if coding else [None] * len(tops)
@@ -319,6 +389,10 @@ class Build:
             "curve": tuple(map(partial(curve_point, truth, queries), tuned.times.items(), found[1:])),
             "round_trips": len(samples.ids),
         }
+
+    def heard(self, shard: IndexShard, queries: Queries, answers: Answers) -> Answers:
+        """Raises: IndexBuildError where the index shard does not hold what its parts do."""
+        return require_whole(self.store, self.folder, shard, answers)
 
     def scores(self, shards: list[IndexShard], asked: Any, tops: list[Top], coding: Coding) -> list[Vectors]:
         """Of each top's candidates by their stored vectors, NaN for none."""

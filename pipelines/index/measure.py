@@ -12,12 +12,14 @@ import numpy as np
 from numpy.typing import NDArray
 
 from pipelines.errors import IndexBuildError
-from pipelines.index.among import ask, transformed
+from pipelines.index.among import transformed
 from pipelines.index.parts import Ids, Parts, Vectors
+from pipelines.index.probe import ask_shard
 from pipelines.index.queries import Queries
 from pipelines.index.recall import DEPTHS, Top, merge, recall_at, without
 from pipelines.index.release import Coding, IndexShard, open_shard
 from pipelines.index.rerank import StoredVectors, candidates, decode, encode, rerank, rescored, scores_of
+from pipelines.index.selection import Selection
 from pipelines.index.trace import trace_parts
 from pipelines.index.tune import apply
 from pipelines.storage import Store
@@ -58,8 +60,9 @@ class Samples:
 
 def draw_samples(store: Store, parts: Parts, seed: int) -> Samples:
     """Raises: LedgerError where an id does not lead to a part, a row and the same key in its samples."""
-    count = min(CHECKED_IDS, parts.rows)
-    ids = np.sort(np.random.default_rng([seed, count, 2]).choice(parts.rows, count, replace=False))
+    count = min(CHECKED_IDS, parts.standing)
+    drawn = np.sort(np.random.default_rng([seed, count, 2]).choice(parts.standing, count, replace=False))
+    ids = parts.ids_at(drawn)
     return Samples(ids, np.stack([origin.vector for origin in trace_parts(store, parts, ids.tolist())]))
 
 
@@ -71,13 +74,14 @@ def answer(
     queries: Vectors,
     samples: Samples,
     coding: Coding | None,
+    among: Selection | None = None,
 ) -> Answers:
-    """What one index shard finds of float32 [q, dim] queries; memory for it until then."""
+    """What one index shard finds of float32 [q, dim] queries (among what may be found); memory for it until then."""
     index = open_shard(store, folder, shard)
     tops = []
     for each in asks:
         apply(index, each.params)
-        tops.append(ask(index, queries, each.depth))
+        tops.append(ask_shard(index, shard, queries, each.depth, among))
     mine = samples.of(shard)
     whole = holds(index, shard, mine)
     if coding and len(mine.ids):

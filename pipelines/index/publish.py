@@ -149,7 +149,7 @@ def _of_counts(store: Store, release: Release, commits: list[Commit]) -> Iterato
             f"its index shards hold {held:,} vectors, its parts {release.parts.rows:,}", "Index again with --force."
         )
     committed = {part.final: part.rows for commit in commits for part in commit.parts}
-    indexed = {release.parts.path(part): part.rows for part in release.parts.ranges}
+    indexed = {release.parts.path(part): part.rows for part in release.parts.ranges if not part.gone}
     if strays := [path for path, rows in indexed.items() if committed.get(path) != rows]:
         yield Obstacle(
             f"{len(strays):,} of its {len(indexed):,} parts are not what the commits name now ({strays[0]})",

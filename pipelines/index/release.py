@@ -13,12 +13,14 @@ import faiss
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from pipelines.errors import IndexBuildError
+from pipelines.index.drift import Drift
 from pipelines.index.parts import Parts
 from pipelines.storage import Store, is_whole_json
 
 FORMAT = 1
 MANIFEST, CLAIM, POINTER, REPORT = "manifest.json", "build.json", "CURRENT", "report.md"
 PUBLISHED = "published"
+TRAINED = "trained.faiss"
 _VERSION = re.compile(r"v\d{4,}")
 
 
@@ -48,6 +50,16 @@ class IndexShard(BaseModel):
     bytes: int
     sha256: str
     side: SideFile | None = None
+
+
+class KeptFile(BaseModel):
+    """Another file of a release."""
+
+    model_config = ConfigDict(frozen=True)
+
+    file: str
+    bytes: int
+    sha256: str
 
 
 class Recall(BaseModel):
@@ -106,6 +118,8 @@ class Release(BaseModel):
     search_params: as FAISS's ParameterSpace reads them. settings: the index settings it was made by.
     seconds, peak_mib: of each stage. bytes_per_vector: of the FAISS files (`index`) and the side files (`rerank`).
     round_trips: sampled ids that led back to part, row and key, and to the very vector that was indexed.
+    trained: the empty index that every index shard started from. asked: what recall was measured with.
+    grown_from: the release whose index shards are in it. drift: of what was added to them.
     """
 
     model_config = ConfigDict(frozen=True)
@@ -133,14 +147,19 @@ class Release(BaseModel):
     rerank: Rerank | None = None
     curve: tuple[CurvePoint, ...] = ()
     round_trips: int = 0
+    trained: KeptFile | None = None
+    asked: KeptFile | None = None
+    grown_from: str | None = None
+    drift: Drift | None = None
 
     @property
     def folder(self) -> str:
         return f"{index_folder(self.encoder, self.modality)}/{self.version}"
 
     @property
-    def files(self) -> list[IndexShard | SideFile]:
-        return [file for shard in self.shards for file in (shard, shard.side) if file]
+    def files(self) -> list[IndexShard | SideFile | KeptFile]:
+        shards = [file for shard in self.shards for file in (shard, shard.side) if file]
+        return [*shards, *(file for file in (self.trained, self.asked) if file)]
 
 
 def index_folder(encoder: str, modality: str) -> str:
@@ -153,17 +172,24 @@ def index_homes(store: Store) -> list[tuple[str, str]]:
     return sorted({(path[0], path[1]) for path in paths if len(path) > 2})
 
 
-def claim_version(store: Store, folder: str, attempt: str) -> str:
-    """The name of a version that no other builder has or will get: `v0001` or the next free."""
+def claim_version(store: Store, folder: str, attempt: str, plan: str = "") -> str:
+    """The name of a version that no other builder gets: `v0001` or the next free. plan: digest of what it will be."""
     taken = {name.split("/")[0] for name in store.names(folder)}
     number = max((int(name[1:]) for name in taken if _VERSION.fullmatch(name)), default=0)
     while True:
         number += 1
         version = f"v{number:04d}"
-        path, claim = f"{folder}/{version}/{CLAIM}", json.dumps({"attempt": attempt}).encode()
+        path, claim = f"{folder}/{version}/{CLAIM}", json.dumps({"attempt": attempt, "plan": plan}).encode()
         # Not put, and yet ours: the acknowledgement of an earlier try was lost.
         if store.put_if_absent(path, claim) or store.read(path) == claim:
             return version
+
+
+def planned(store: Store, folder: str, version: str) -> str | None:
+    """The digest that a version was claimed with; None where it is gone."""
+    with suppress(FileNotFoundError):
+        return str(json.loads(store.read(f"{folder}/{version}/{CLAIM}", is_whole_json)).get("plan"))
+    return None
 
 
 def unfinished(store: Store, folder: str) -> list[str]:

@@ -107,6 +107,11 @@ def end_of(parts: Parts) -> int:
     return max((part.offset + part.rows for part in parts.ranges), default=0)
 
 
+def standing(parts: Parts) -> Selection | None:
+    """All but what is of parts that are gone; None where none is."""
+    return Selection.every(parts.rows).without_ranges(parts.gone) if parts.gone else None
+
+
 def both(*selections: Selection | None) -> Selection | None:
     """What all allow; None, which is no restriction, where all are."""
     given = [selection for selection in selections if selection is not None]

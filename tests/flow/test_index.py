@@ -108,7 +108,7 @@ def test_the_release_is_whole(output: Path, release: Release) -> None:
     assert not [path for path in (output / "staging").rglob("*") if path.is_file()]
     files = sorted(path.name for path in (output / release.folder).iterdir())
     shards = [f"shard-{at:04d}.{suffix}" for at in range(4) for suffix in ("faiss", "npy")]
-    assert files == ["build.json", "manifest.json", "report.md", *shards]
+    assert files == ["build.json", "manifest.json", "report.md", *shards, "trained.faiss", "truth.npz"]
 
 
 def test_every_id_leads_back_to_its_key_and_vector(output: Path, release: Release) -> None:
@@ -274,8 +274,8 @@ def test_mistakes_are_told_before_anything_is_written(ray_local: None, tmp_path:
         build_index(store, ENCODER, "image", IndexConfig(index_key="IVF4,PQ4x4"))
     with pytest.raises(IndexBuildError, match="learns 4,096 clusters"):
         build_index(store, ENCODER, "image", IndexConfig(index_key="IVF4096,Flat"))
-    with pytest.raises(IndexBuildError, match="max_index_memory"):
-        build_index(store, ENCODER, "image", IndexConfig(max_index_memory="1K"))
+    with pytest.raises(IndexBuildError, match="shard_memory"):
+        build_index(store, ENCODER, "image", IndexConfig(shard_memory="1K"))
     assert not (tmp_path / "index").exists() and not (tmp_path / "staging").exists()
 
 

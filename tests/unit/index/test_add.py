@@ -7,7 +7,8 @@ import numpy as np
 import pytest
 
 from pipelines.errors import IndexBuildError
-from pipelines.index.add import Filled, fill
+from pipelines.index.add import fill
+from pipelines.index.attempt import Filled
 from pipelines.index.choose import cut
 from pipelines.index.parts import Parts, list_parts
 from pipelines.index.probe import probe
@@ -109,3 +110,24 @@ def test_a_damaged_shard_is_refused(tmp_path: Path, damage: str) -> None:
         file.write_bytes(data[:-100] if damage == "cut" else data[:-500] + bytes([data[-500] ^ 1]) + data[-499:])
     with pytest.raises(IndexBuildError, match=shard.file):
         open_shard(Store(str(tmp_path)), "index", shard)
+
+
+@pytest.mark.parametrize(("key", "metric"), KEYS)
+def test_stock_faiss_joins_the_files_and_finds_what_we_find(tmp_path: Path, key: str, metric: str) -> None:
+    """`read_index` and `IndexShards`, and nothing of ours."""
+    built = Built(tmp_path, key, metric)
+    joined = faiss.IndexShards(built.parts.dim, False, False)
+    joined.metric_type = {"ip": faiss.METRIC_INNER_PRODUCT, "l2": faiss.METRIC_L2}[metric]
+    files = [faiss.read_index(str(file)) for file in sorted((tmp_path / "index").glob("shard-*.faiss"))]
+    for index in files:
+        faiss.ParameterSpace().set_index_parameters(index, full_probe(key))
+        joined.add_shard(index)
+    scores, ids = joined.search(built.queries, 20)
+    found = built.search(20)
+    np.testing.assert_allclose(scores, found.scores, rtol=1e-6)
+    # Of equal scores FAISS takes either.
+    whole = merge([Top(ids, scores)], 20, metric)
+    apart = np.abs(np.diff(scores, axis=1, prepend=np.inf, append=np.inf)) > 0
+    sure = apart[:, :-1] & apart[:, 1:]
+    assert sure.mean() > 0.5
+    np.testing.assert_array_equal(whole.ids[sure], found.ids[sure])
