@@ -18,6 +18,8 @@ def _facts(release: Release) -> Iterator[str]:
     yield f"- made {release.made}: {release.parts.rows:,} vectors of {release.parts.dim} dimensions"
     yield f"- {len(release.shards)} index shards, {sum(file.bytes for file in release.files):,} bytes"
     yield f"- key `{release.index_key}`, metric {release.metric}, parameters `{release.search_params or 'none'}`"
+    if release.batch_query_ms:
+        yield f"- {release.query_ms:.2f} ms a query alone, {release.batch_query_ms:.2f} of 32 at once"
     for name, size in release.bytes_per_vector.items():
         held = release.rerank.coding.dtype if release.rerank and name == "rerank" else "the index itself"
         yield f"- {size:,.1f} bytes a vector: {name} ({held})"
