@@ -17,6 +17,7 @@ from pipelines.contracts import Modality
 from pipelines.errors import ConfigError, InputError
 
 if TYPE_CHECKING:
+    from pipelines.index.cache import Cache
     from pipelines.queries import Query
     from pipelines.search import Hit
 
@@ -73,6 +74,13 @@ Rerank = Annotated[
 Count = Annotated[int, typer.Option("-k", min=1, help="Hits for each query.")]
 Weight = Annotated[float, typer.Option(min=0, max=1, help="Share of the text beside an image or example.")]
 NotWeight = Annotated[float, typer.Option(min=0, help="Weight of --not-text, beside 1 for what is looked for.")]
+CacheFlag = Annotated[
+    str,
+    typer.Option(
+        "--cache", metavar="DIR", help="Where files of an index in other storage are kept for the next search, or none."
+    ),
+]
+CacheSize = Annotated[str, typer.Option(help="Most that the cache may hold; what was used longest ago goes first.")]
 Version = Annotated[str | None, typer.Option(help="Release to search; the current one if left out.")]
 
 
@@ -98,6 +106,8 @@ def search(
     text_weight: Weight = 0.5,
     not_weight: NotWeight = 0.5,
     release: Version = None,
+    cache: CacheFlag = "~/.cache/vecmill",
+    cache_size: CacheSize = "20G",
     as_json: AsJson = False,
 ) -> None:
     """Find what is nearest to words, an image, a sample, or a mixture of them.
@@ -125,7 +135,17 @@ def search(
     first = page_offset(offset, page, k)
     named = named_output(output)
     folder = encoder or named.encoder
-    searcher = Searcher(named.store, folder, modality, release, exact, metric, resident=False, rerank=rerank)
+    searcher = Searcher(
+        named.store,
+        folder,
+        modality,
+        release,
+        exact,
+        metric,
+        resident=False,
+        rerank=rerank,
+        cache=cache_of(cache, cache_size),
+    )
     spec = query_spec(named.store, searcher.encoder) if any(query.needs_encoder for query in asked) else None
     alike = examples(searcher, asked, like_modality)
     vectors = embed_queries(spec, asked, text_weight, searched=modality, examples=alike, not_weight=not_weight)
@@ -135,6 +155,13 @@ def search(
         out.print(f"Among {among.total:,} of {searcher.parts.rows:,} vectors.", markup=False)
     for query, hits in zip(asked, found, strict=True):
         print_hits(query, hits, first, as_json)
+
+
+def cache_of(folder: str, size: str) -> Cache | None:
+    from pipelines.index.cache import Cache
+    from pipelines.index.choose import parse_bytes
+
+    return None if folder == "none" else Cache(Path(folder).expanduser(), parse_bytes(size, "--cache-size"))
 
 
 def page_offset(offset: int, page: int | None, k: int) -> int:

@@ -13,8 +13,9 @@ import numpy as np
 from pipelines.contracts import Modality
 from pipelines.errors import ConfigError, InputError
 from pipelines.fold import fold as fold_hits
+from pipelines.index.cache import Cache
 from pipelines.index.parts import Parts, Vectors, batches, embeddings_folder, list_grown, list_parts
-from pipelines.index.probe import ask_shard, open_with, probe
+from pipelines.index.probe import Opening, ask_shard, probe
 from pipelines.index.recall import EXACT_METRICS, Top, exact, exact_of_several, merge, with_ties
 from pipelines.index.release import Release, latest_or_none, read_release
 from pipelines.index.removed import not_removed
@@ -48,8 +49,9 @@ class Searcher:
     version, else the current one. exact: compares every vector there is now (with a release, every
     vector it was made of) with the query, a batch at a time, and needs no index; `metric` says how, by
     ip, l2, cosine or l1, the release's or else ip where left out. params: FAISS search parameters in place of the
-    release's. resident: holds every index shard from the start; else a search opens one after the other, with
-    memory for one. rerank: for each hit so many candidates are scored again with their stored vectors, 0 for none;
+    release's. resident: holds every index shard open from the start; else a search opens one after the other. Local
+    ones are mapped, others read into memory, or, given a cache, fetched there and mapped.
+    rerank: for each hit so many candidates are scored again with their stored vectors, 0 for none;
     where left out, as many as the release was measured with, if it has stored vectors. among: says of the parts
     that are searched which of their ids may ever be found; all, where it is left out or says None. What was taken
     down is never found.
@@ -68,6 +70,7 @@ class Searcher:
         resident: bool = True,
         rerank: int | None = None,
         among: Callable[[Parts], Selection | None] = lambda parts: None,
+        cache: Cache | None = None,
     ) -> None:
         require_fitting(exact, metric, rerank)
         self.store, self.modality, self.exact = store, modality, exact
@@ -80,8 +83,11 @@ class Searcher:
         self._standing, self._looked = not_removed(store, self.parts, self._takedowns), time.monotonic()
         searched = None if exact else self.release
         self.rerank = rerank_factor(searched, rerank)
-        self._stored = stored_vectors(store, searched) if searched and self.rerank else None
-        self._probes = shard_probes(store, searched, params, resident) if searched else []
+        self._stored = stored_vectors(store, searched, cache) if searched and self.rerank else None
+        self._probes: list[Probe] = []
+        if searched:
+            params = searched.search_params if params is None else params
+            self._probes = shard_probes(Opening(store, searched, params, cache), resident)
 
     def _release(self, version: str | None) -> Release | None:
         if self.exact and version is None:
@@ -214,13 +220,12 @@ def rerank_factor(release: Release | None, asked: int | None) -> int:
     return (has.factor if has else 0) if asked is None else asked
 
 
-def shard_probes(store: Store, release: Release, params: str | None, resident: bool) -> list[Probe]:
-    """What asks each index shard: one held in memory from now on, or one opened for the question alone."""
-    params = release.search_params if params is None else params
+def shard_probes(opening: Opening, resident: bool) -> list[Probe]:
+    """What asks each index shard: one held open from now on, or one opened for the question alone."""
+    shards = opening.release.shards
     if resident:
-        opened = [(open_with(store, release.folder, shard, params), shard) for shard in release.shards]
-        return [partial(ask_shard, index, shard) for index, shard in opened]
-    return [partial(probe, store, release.folder, shard, params) for shard in release.shards]
+        return [partial(ask_shard, opening.open(shard), shard) for shard in shards]
+    return [partial(probe, opening, shard) for shard in shards]
 
 
 def choose_encoder(store: Store, encoder: str | None) -> str:

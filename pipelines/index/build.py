@@ -57,7 +57,7 @@ from pipelines.index.rerank import StoredVectors, learn_coding
 from pipelines.index.room import require_room
 from pipelines.index.selection import standing
 from pipelines.index.train import train
-from pipelines.index.tune import apply, around, query_ms, tune
+from pipelines.index.tune import apply, around, batch_query_ms, query_ms, tune
 from pipelines.lease import held
 from pipelines.observe import Clock, peak_memory_mib
 from pipelines.record import read_record
@@ -249,6 +249,7 @@ class Build:
             index_key=self.plan.key,
             search_params=tuned.params,
             query_ms=tuned.query_ms,
+            batch_query_ms=tuned.batch_query_ms,
             parts=self.plan.parts,
             shards=tuple(shards),
             settings=self.settings.model_dump(mode="json"),
@@ -357,7 +358,8 @@ class Build:
         for each in [*around(self.plan.key, params), params]:
             apply(index, each)
             times[each] = round(query_ms(index, queries.vectors, 1.0 if each == params else CURVE_S) / share, 3)
-        return Tuned(params, times)
+        # The parameters chosen were set last.
+        return Tuned(params, times, round(batch_query_ms(index, queries.vectors, CURVE_S) / share, 3))
 
     def params(self, index: Any, share: float) -> str:
         return tune(index, self.plan.key, self.settings.max_query_ms * share)
@@ -418,10 +420,14 @@ class Build:
 
 @dataclass(frozen=True)
 class Tuned:
-    """params: those chosen. times: milliseconds a query by parameters, these and others around them."""
+    """params: those chosen. times: milliseconds a query by parameters, these and others around them.
+
+    batch_query_ms: a query with those chosen, of a batch that is asked at once.
+    """
 
     params: str
     times: dict[str, float]
+    batch_query_ms: float
 
     @property
     def query_ms(self) -> float:

@@ -31,12 +31,12 @@ IP_FORMS = {
 }
 
 
-def parse_bytes(size: str) -> int:
-    """Bytes of `500M`, `4G` or `1.5TB` (powers of 1024). Raises: ConfigError for what is no size."""
+def parse_bytes(size: str, setting: str = "index.shard_memory") -> int:
+    """Bytes of `500M`, `4G` or `1.5TB` (powers of 1024). Raises: ConfigError."""
     try:
         return int(cast_memory_to_bytes(size))
     except ValueError:
-        raise ConfigError(f"index.shard_memory: {size!r} is not a size", "Write 500M, 4G or 1.5T.") from None
+        raise ConfigError(f"{setting}: {size!r} is not a size", "Write 500M, 4G or 1.5T.") from None
 
 
 def choose_key(rows: int, dim: int, shards: int, settings: IndexConfig) -> str:

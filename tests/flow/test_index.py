@@ -168,8 +168,9 @@ def test_re_ranking_is_measured_reported_and_on_by_default(output: Path, release
     assert release.bytes_per_vector["rerank"] == pytest.approx(2 * DIM, rel=0.02)
     assert release.search_params in [point.search_params for point in release.curve] and len(release.curve) >= 2
     assert all(point.reranked["text"] > point.recall["text"] and point.query_ms > 0 for point in release.curve)
-    assert release.round_trips == 64
+    assert release.round_trips == 64 and release.batch_query_ms > 0
     report = (output / release.folder / "report.md").read_text()
+    assert f"{release.batch_query_ms:.2f} of 32 at once" in report
     assert f"{reranked['recall@10']:.3f}" in report and all(point.search_params in report for point in release.curve)
     searcher = Searcher(Store(str(output)), modality="text")
     _, vectors = everything(output, "text")

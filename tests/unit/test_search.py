@@ -11,9 +11,10 @@ import pytest
 from pipelines.errors import ConfigError, IndexBuildError, InputError
 from pipelines.index import probe
 from pipelines.index.add import fill
+from pipelines.index.cache import opened_shard
 from pipelines.index.choose import cut
 from pipelines.index.parts import ReplacedError, embeddings_folder, list_parts
-from pipelines.index.release import finish, open_shard
+from pipelines.index.release import finish
 from pipelines.index.selection import Selection
 from pipelines.index.train import train
 from pipelines.search import Searcher, choose_encoder
@@ -182,10 +183,10 @@ class Opened:
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.alive: list[Any] = []
         self.most = 0
-        monkeypatch.setattr(probe, "open_shard", self.open)
+        monkeypatch.setattr(probe, "opened_shard", self.open)
 
     def open(self, *words: Any) -> Any:
-        index = open_shard(*words)
+        index = opened_shard(*words)
         self.alive.append(weakref.ref(index))
         self.most = max(self.most, sum(held() is not None for held in self.alive))
         return index

@@ -2,7 +2,7 @@ import numpy as np
 import pytest
 
 from pipelines.index.train import train
-from pipelines.index.tune import apply, full_probe, query_ms, tune
+from pipelines.index.tune import apply, batch_query_ms, full_probe, query_ms, tune
 
 KEYS = {
     "OPQ4_16,IVF16,PQ4x4": "ip",
@@ -26,7 +26,7 @@ def test_what_is_tuned_can_be_applied_and_searched(key: str) -> None:
     for each in (params, full_probe(key)):
         apply(index, each)
         assert (index.search(vectors[:3], 20)[1] >= 0).all()
-    assert query_ms(index, vectors[:3]) > 0
+    assert query_ms(index, vectors[:3]) > 0 and batch_query_ms(index, vectors[:3], 0) > 0
 
 
 def test_parameters_an_index_has_not_are_refused() -> None:
