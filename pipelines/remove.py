@@ -67,7 +67,8 @@ def remove(store: Store, asked: Asked, by: str, reason: str, dry_run: bool = Fal
         found += _search(store, sorted(new), asked)
         looked |= new
     fresh = [each for each in (_without_removed(one, known) for one in found) if each.rows.num_rows]
-    removal = Removal(fresh, _samples(found) - _samples(fresh), _missing(asked, found, known))
+    missing, compacted = _not_found(asked, found, known)
+    removal = Removal(fresh, _samples(found) - _samples(fresh) + compacted, missing)
     if dry_run or not fresh:
         return removal
     marks = marks_of(store)
@@ -84,12 +85,13 @@ def _without_removed(found: Found, known: Takedowns) -> Found:
     return Found(found.ref, found.rows.filter(pc.invert(pc.is_in(found.rows["row"], gone))))
 
 
-def _missing(asked: Asked, found: list[Found], known: Takedowns) -> list[str]:
-    """A key that was removed and compacted is known by its mark."""
+def _not_found(asked: Asked, found: list[Found], known: Takedowns) -> tuple[list[str], int]:
+    """What nobody knows of, and how many keys are known by their marks alone: of samples that a compaction dropped."""
     keys = {key for each in found for key in each.rows["key"].to_pylist()}
     images = {digest for each in found for digest in each.rows["sha256"].to_pylist()}
-    missing = [key for key in asked.keys if key not in keys and not known.has_key(key)]
-    return missing + [digest for digest in asked.sha256 if digest not in images]
+    absent = [key for key in asked.keys if key not in keys]
+    unknown = [key for key in absent if not known.has_key(key)]
+    return [*unknown, *(digest for digest in asked.sha256 if digest not in images)], len(absent) - len(unknown)
 
 
 def _search(store: Store, refs: list[CommitRef], asked: Asked) -> Iterator[Found]:

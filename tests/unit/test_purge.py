@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +23,7 @@ from pipelines.merge import put_fragments
 from pipelines.purge import plan_purge, purge, require_no_holders
 from pipelines.remove import Asked, remove
 from pipelines.storage import Store
-from pipelines.takedowns import read_takedowns
+from pipelines.takedowns import note_compacted, read_takedowns, requests
 from pipelines.verify import problems
 from pipelines.write import EmbeddingSink
 from tests import encoded
@@ -124,6 +125,24 @@ def test_what_is_asked_for_while_a_run_is_at_work_holds(output: tuple[Store, Sou
     store, _ = output
     with held(store, "embed/clip", "embed"):
         assert remove(store, Asked([key_of(1, 0)]), "", "").samples == 1
+
+
+def test_what_comes_back_after_a_compaction_is_told(output: tuple[Store, Sought]) -> None:
+    store, _ = output
+    note_compacted(store, requests(store))
+    assert [line.split(" (")[0] for line in problems(store) if "are back" in line] == 2 * [
+        f"shard {shard_id(0)}",
+        f"shard {shard_id(2)}",
+    ]
+    purge(store)
+    assert not [line for line in problems(store) if "are back" in line]
+
+
+def test_two_at_once_remove_the_same_samples_once(tmp_path: Path) -> None:
+    store = write_release(tmp_path)
+    with ThreadPoolExecutor(2) as pool:
+        both = list(pool.map(lambda _: remove(store, Asked(KEYS), "", ""), range(2)))
+    assert {removal.samples + removal.before for removal in both} == {3} and read_takedowns(store).samples() == 3
 
 
 def test_without_a_vector_left_the_index_goes_too(tmp_path: Path) -> None:
