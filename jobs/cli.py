@@ -20,6 +20,7 @@ from jobs.index import index
 from jobs.releases import publish, releases, rollback
 from jobs.search import search
 from jobs.signals import Stopped, received, stoppable
+from jobs.similarity import similarity
 from jobs.status import status
 from pipelines.errors import HeldError, VecmillError
 from pipelines.secrets import masked
@@ -34,7 +35,7 @@ app = typer.Typer(
 )
 VERBS = (
     *(plan, embed, index, releases, publish, rollback, search),
-    *(evaluate, duplicates),
+    *(evaluate, similarity, duplicates),
     *(fit, status, verify, collect, demo),
 )
 for verb in VERBS:

@@ -113,6 +113,7 @@ def test_help_lists_every_verb(vecmill: Vecmill) -> None:
         "releases",
         "rollback",
         "search",
+        "similarity",
         "status",
         "verify",
     ]
