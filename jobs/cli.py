@@ -9,6 +9,7 @@ from tempfile import NamedTemporaryFile
 import typer
 
 from jobs.collect import collect, verify
+from jobs.compare import compare
 from jobs.console import err
 from jobs.demo import demo
 from jobs.duplicates import duplicates
@@ -35,7 +36,7 @@ app = typer.Typer(
 )
 VERBS = (
     *(plan, embed, index, releases, publish, rollback, search),
-    *(evaluate, similarity, duplicates),
+    *(evaluate, similarity, compare, duplicates),
     *(fit, status, verify, collect, demo),
 )
 for verb in VERBS:
