@@ -9,6 +9,7 @@ from tempfile import NamedTemporaryFile
 import typer
 
 from jobs.collect import collect, verify
+from jobs.compare import compare
 from jobs.console import err
 from jobs.demo import demo
 from jobs.duplicates import duplicates
@@ -21,6 +22,7 @@ from jobs.releases import publish, releases, rollback
 from jobs.remove import remove
 from jobs.search import search
 from jobs.signals import Stopped, received, stoppable
+from jobs.similarity import similarity
 from jobs.status import status
 from pipelines.errors import HeldError, VecmillError
 from pipelines.secrets import masked
@@ -35,7 +37,7 @@ app = typer.Typer(
 )
 VERBS = (
     *(plan, embed, index, releases, publish, rollback, search, remove),
-    *(evaluate, duplicates),
+    *(evaluate, similarity, compare, duplicates),
     *(fit, status, verify, collect, demo),
 )
 for verb in VERBS:

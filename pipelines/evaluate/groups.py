@@ -22,14 +22,17 @@ _ROW_BITS = 40
 class Groups:
     """Codes of items, int64: equal where they belong together.
 
-    by: `sample`, `label`, or a field of the metadata, as the identities of CUHK-PEDES are. split: only samples whose
+    by: `sample`, `key`, `label`, or a field of the metadata, as the identities of CUHK-PEDES are. known: codes of
+    names, to share with the Groups of another output. split: only samples whose
     metadata have it as their `split` count, all if None. Items without a value are OUTSIDE. Memory: a number for each
     label or identity and for each shard, and those of one part.
     """
 
-    def __init__(self, store: Store, by: str = "sample", split: str | None = None) -> None:
+    def __init__(
+        self, store: Store, by: str = "sample", split: str | None = None, known: dict[str, int] | None = None
+    ) -> None:
         self.store, self.by, self.split = store, by, split
-        self._known: dict[str, int] = {}
+        self._known = {} if known is None else known
         self._held: tuple[str, Ids, Ids] | None = None
 
     def codes(self, part: str, rows: Ids) -> Ids:
@@ -46,26 +49,26 @@ class Groups:
     def _of_part(self, part: str) -> tuple[Ids, Ids]:
         """Rows, ascending, and their codes; those of the last part are kept, which comes in several batches."""
         if self._held is None or self._held[0] != part:
-            table = read_samples(self.store, part, ["row", "label", "metadata"]).sort_by("row")
+            table = read_samples(self.store, part, ["row", "key", "label", "metadata"]).sort_by("row")
             self._held = part, table["row"].to_numpy(), self._coded(part, table)
         return self._held[1:]
 
     def _coded(self, part: str, table: pa.Table) -> Ids:
-        columns = zip(*(table[name].to_pylist() for name in ("row", "label", "metadata")), strict=True)
+        columns = zip(*(table[name].to_pylist() for name in ("row", "key", "label", "metadata")), strict=True)
         value = self._value(part)
         return np.fromiter((value(*each) for each in columns), np.int64, len(table))
 
-    def _value(self, part: str) -> Callable[[int, str | None, str | None], int]:
-        needs_metadata = self.split is not None or self.by not in ("sample", "label")
+    def _value(self, part: str) -> Callable[[int, str, str | None, str | None], int]:
+        needs_metadata = self.split is not None or self.by not in ("sample", "key", "label")
         base = self._number(shard_of(part)) << _ROW_BITS if self.by == "sample" else 0
 
-        def code(row: int, label: str | None, metadata: str | None) -> int:
+        def code(row: int, key: str, label: str | None, metadata: str | None) -> int:
             told = fields_of(metadata) if needs_metadata else {}
             if self.split is not None and told.get("split") != self.split:
                 return OUTSIDE
             if self.by == "sample":
                 return base + row
-            value = label if self.by == "label" else told.get(self.by)
+            value = {"key": key, "label": label}.get(self.by) if self.by in ("key", "label") else told.get(self.by)
             return OUTSIDE if value is None else self._number(str(value))
 
         return code

@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from pipelines.contracts import Modality
 from pipelines.errors import ConfigError
 from pipelines.evaluate.groups import OUTSIDE, Groups
-from pipelines.index.parts import Ids, Parts, Vectors, embeddings_folder, list_parts, open_part, vectors
+from pipelines.index.parts import Ids, Parts, Vectors, embeddings_folder, list_parts, open_part, take, vectors
 from pipelines.storage import Store
 
 CODES_AT_ONCE = 2**18
@@ -151,3 +151,32 @@ def codes_of(items: Items, ids: Ids) -> Ids:
         at = np.minimum(np.searchsorted(known, wanted[start:stop]), len(known) - 1)
         codes[start:stop] = np.where(known[at] == wanted[start:stop], of_known[at], OUTSIDE)
     return codes[inverse].reshape(ids.shape)
+
+
+def first_with(items: Items, codes: Ids) -> Ids:
+    """int64 [n]: the least id of each code, OUTSIDE where there is none. One pass."""
+    wanted, inverse = np.unique(codes, return_inverse=True)
+    none = np.iinfo(np.int64).max
+    found = np.full(len(wanted), none)
+    for ids, known in items.codes():
+        at = np.minimum(np.searchsorted(wanted, known), len(wanted) - 1)
+        hits = wanted[at] == known
+        np.minimum.at(found, at[hits], ids[hits])
+    return np.where(found == none, OUTSIDE, found)[inverse]
+
+
+def places_of(items: StoredItems, ids: Ids) -> list[tuple[str, int]]:
+    """(part, row of the sample) of each id, in their order."""
+    found: dict[int, tuple[str, int]] = {}
+    for part in items.parts.ranges:
+        mine = np.unique(ids[(ids >= part.offset) & (ids < part.offset + part.rows)])
+        if len(mine):
+            rows = take(items.store, items.parts.path(part), mine - part.offset, ["row"])["row"].to_pylist()
+            found |= {id: (part.name, row) for id, row in zip(mine.tolist(), rows, strict=True)}
+    return [found[id] for id in ids.tolist()]
+
+
+def collect_any(items: Items, ids: Ids, rows: int) -> Tile:
+    """`collect` for ids in any order, some perhaps twice."""
+    unique, inverse = np.unique(ids, return_inverse=True)
+    return collect(items, unique, rows).of(inverse)

@@ -91,21 +91,24 @@ def evaluate(store: Store, encoder: str, asked: Asked, say: Say = lambda line: N
     Memory: `asked.room`, a number for each label, identity and shard, and with folds the vectors of the split.
     Raises: ConfigError where a protocol cannot be followed.
     """
-    results = []
-    for protocol in asked.protocols or fitting(store, encoder, asked, say):
-        for asks, finds in DIRECTIONS[protocol]:
-            require_comparable(store, encoder, asks, finds)
-            say(f"{protocol}: {asks} → {finds}")
-            results.append(_direction(store, encoder, protocol, asks, finds, asked))
     document = {
         "encoder": encoder,
         "made": f"{datetime.now(UTC):%Y-%m-%d %H:%M:%S} UTC",
         "split": asked.split,
         "seed": asked.seed,
-        "results": [vars(result) for result in results],
+        "results": [vars(result) for result in measured(store, encoder, asked, say)],
     }
     store.put_atomic(kept_at(encoder), json.dumps(document, indent=2).encode())
     return document
+
+
+def measured(store: Store, encoder: str, asked: Asked, say: Say = lambda line: None) -> Iterator[Result]:
+    """`evaluate` without keeping anything, a direction at a time."""
+    for protocol in asked.protocols or fitting(store, encoder, asked, say):
+        for asks, finds in DIRECTIONS[protocol]:
+            require_comparable(store, encoder, asks, finds)
+            say(f"{protocol}: {asks} → {finds}")
+            yield _direction(store, encoder, protocol, asks, finds, asked)
 
 
 def kept_at(encoder: str) -> str:

@@ -33,6 +33,7 @@ from pipelines.index.publish import require_files
 from pipelines.index.queries import Queries
 from pipelines.index.recall import Top
 from pipelines.index.release import IndexShard, Release, load_index, newest_or_none
+from pipelines.index.removed import holds_removed
 from pipelines.index.rerank import rerank_dtype
 from pipelines.index.room import require_room
 from pipelines.index.train import Draw
@@ -58,6 +59,7 @@ def update_index(
         )
     settings, fingerprint = settings_of(base, given), recorded_fingerprint(store, encoder)
     require_same(base, settings, fingerprint)
+    require_nothing_removed(store, base)
     parts = list_grown(store, base.parts)
     if parts == base.parts:
         progress(f"{base.folder} has all parts there are: nothing to add")
@@ -89,6 +91,15 @@ def require_same(base: Release, settings: IndexConfig, fingerprint: str) -> None
         raise ConfigError(
             f"{base.folder} cannot be updated with another {'; '.join(differing)}",
             "Leave that out, or build anew: `vecmill index` without --update.",
+        )
+
+
+def require_nothing_removed(store: Store, base: Release) -> None:
+    """Raises: ConfigError where the files that an update takes over have vectors of what was taken down."""
+    if holds_removed(store, base):
+        raise ConfigError(
+            f"{base.folder} has vectors of what was taken down since, and an update would keep them",
+            "Build anew, which drops them: `vecmill index` without --update.",
         )
 
 

@@ -101,6 +101,7 @@ def assert_refused(said: Said, *told: str) -> None:
 def test_help_lists_every_verb(vecmill: Vecmill) -> None:
     assert VERBS == [
         "collect",
+        "compare",
         "demo",
         "duplicates",
         "embed",
@@ -114,6 +115,7 @@ def test_help_lists_every_verb(vecmill: Vecmill) -> None:
         "remove",
         "rollback",
         "search",
+        "similarity",
         "status",
         "verify",
     ]
