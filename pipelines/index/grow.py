@@ -57,9 +57,9 @@ def update_index(
         raise IndexBuildError(
             f"There is no index of {store.uri()}, {encoder}, {modality} to add to", "Run `vecmill index` first."
         )
+    require_nothing_removed(store, base)
     settings, fingerprint = settings_of(base, given), recorded_fingerprint(store, encoder)
     require_same(base, settings, fingerprint)
-    require_nothing_removed(store, base)
     parts = list_grown(store, base.parts)
     if parts == base.parts:
         progress(f"{base.folder} has all parts there are: nothing to add")

@@ -10,6 +10,8 @@ import pytest
 
 from pipelines import search
 from pipelines.compact import compact_parts
+from pipelines.errors import ConfigError
+from pipelines.index.grow import update_index
 from pipelines.index.release import read_release
 from pipelines.index.removed import holds_removed
 from pipelines.ledger import read_commit, standing_commits
@@ -61,6 +63,13 @@ def test_after_a_compaction_an_old_release_still_holds_it_and_does_not_show_it(t
     hits = Searcher(store).search(vectors, 10_000)[0]
     assert {hit.shard.split("-")[1] for hit in hits} == {"00001", "00003"}, "parts that were written again are gone"
     assert not set(ASKED.keys) & keys(store, exact=True)
+
+
+def test_an_update_does_not_carry_it_on(tmp_path: Path) -> None:
+    store = write_release(tmp_path)
+    remove(store, ASKED, "", "")
+    with pytest.raises(ConfigError, match=r"(?s)taken down since, and an update would keep them.*without --update"):
+        update_index(store, ENCODER, "image", {})
 
 
 def test_a_compaction_counts_what_it_drops(tmp_path: Path) -> None:
