@@ -18,6 +18,7 @@ import faiss
 import numpy as np
 import ray
 
+from pipelines.compact import compact_parts
 from pipelines.config import IndexConfig
 from pipelines.contracts import Modality
 from pipelines.errors import ConfigError, IndexBuildError, VecmillError
@@ -61,6 +62,7 @@ from pipelines.lease import held
 from pipelines.observe import Clock, peak_memory_mib
 from pipelines.record import read_record
 from pipelines.storage import Store, scratch_folder
+from pipelines.takedowns import read_takedowns
 
 Progress = Callable[[str], None]
 K = max(DEPTHS)
@@ -83,6 +85,7 @@ def build_index(
     batch of vectors. Raises: ConfigError, IndexBuildError, NotPublishedError.
     """
     fingerprint = recorded_fingerprint(store, encoder)
+    drop_removed(store, progress)
     latest = newest_or_none(store, encoder, modality)
     before = [part.name for part in latest.parts.ranges] if latest and not latest.parts.gone else []
     parts = list_parts(store, embeddings_folder(encoder, modality), before)
@@ -121,6 +124,13 @@ def digest_of(plan: Plan, settings: IndexConfig, fingerprint: str, grown_from: s
         "grown_from": grown_from,
     }
     return hashlib.sha256(json.dumps(decided, sort_keys=True).encode()).hexdigest()
+
+
+def drop_removed(store: Store, progress: Progress) -> None:
+    """Writes the parts again that hold what was taken down; the ids of an index of the new ones start anew."""
+    if len(read_takedowns(store).touched(waiting=True)):
+        with held(store, f"remove/{uuid.uuid4().hex[:12]}", "index", say=progress):
+            compact_parts(store, lambda holding: progress(f"wrote {holding.told} again: taken down"), waiting=True)
 
 
 def require_one_vector(parts: Parts, encoder: str, modality: Modality) -> None:

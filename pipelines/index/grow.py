@@ -21,6 +21,7 @@ from pipelines.index.build import (
     attempt_at,
     build_and_settle,
     digest_of,
+    drop_removed,
     recorded_fingerprint,
     settle,
 )
@@ -33,6 +34,7 @@ from pipelines.index.publish import require_files
 from pipelines.index.queries import Queries
 from pipelines.index.recall import Top
 from pipelines.index.release import IndexShard, Release, load_index, newest_or_none
+from pipelines.index.removed import holds_removed
 from pipelines.index.rerank import rerank_dtype
 from pipelines.index.room import require_room
 from pipelines.index.train import Draw
@@ -51,6 +53,7 @@ def update_index(
     given: index settings in place of the release's own. Reads the vectors of new parts only. Raises: ConfigError for
     settings that only a new build can have, IndexBuildError where there is nothing to add to, NotPublishedError.
     """
+    drop_removed(store, progress)
     base = newest_or_none(store, encoder, modality)
     if base is None:
         raise IndexBuildError(
@@ -62,6 +65,7 @@ def update_index(
     if parts == base.parts:
         progress(f"{base.folder} has all parts there are: nothing to add")
         return settle(store, base, settings, progress)
+    require_nothing_removed(store, base)
     asked = require_base(store, base, parts)
     plan = plan_update(base, parts, settings)
     require_room(plan, store)
@@ -89,6 +93,15 @@ def require_same(base: Release, settings: IndexConfig, fingerprint: str) -> None
         raise ConfigError(
             f"{base.folder} cannot be updated with another {'; '.join(differing)}",
             "Leave that out, or build anew: `vecmill index` without --update.",
+        )
+
+
+def require_nothing_removed(store: Store, base: Release) -> None:
+    """Raises: IndexBuildError where index shards that would be copied hold what was taken down."""
+    if holds_removed(store, base):
+        raise IndexBuildError(
+            f"{base.folder} holds vectors of what was taken down, and an update would copy them",
+            "Run `vecmill index` without --update, which builds anew without them.",
         )
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 
 import faiss
@@ -16,6 +16,7 @@ from pipelines.index.selection import Selection
 DEPTHS = (1, 10, 100)
 EXACT_METRICS = ("ip", "l2", "cosine", "l1")
 LARGER_IS_NEARER = ("ip", "cosine")
+TIES = (16, 512, 16_384)
 ROUNDING = 2e-6
 """Relative difference of two float32 scores of the same vector, as two ways of summing give it."""
 
@@ -33,6 +34,10 @@ class Top:
     def of(self, queries: slice) -> Top:
         return Top(self.ids[queries], self.scores[queries])
 
+    def between(self, first: int, stop: int) -> Top:
+        """Of each query's the ranks from `first`, counted from 0, to before `stop`."""
+        return Top(self.ids[:, first:stop], self.scores[:, first:stop])
+
 
 def merge(tops: Iterable[Top], k: int, metric: str) -> Top:
     """The best k of several; equal scores in order of id, so that the cut into shards does not show."""
@@ -47,6 +52,24 @@ def best_first(ids: Ids, scores: Vectors, k: int, metric: str) -> Top:
     worst_last = np.where(ids < 0, np.inf, -scores if metric in LARGER_IS_NEARER else scores)
     order = np.lexsort((ids, worst_last), axis=1)[:, :k]
     return Top(np.take_along_axis(ids, order, axis=1), np.take_along_axis(scores, order, axis=1))
+
+
+def with_ties(ask: Callable[[int], Top], k: int) -> Top:
+    """The k best of what gives so many as it is asked for; equal scores in order of id, at the cut too.
+
+    FAISS leaves open which of several equal ones it gives. Where they go on beyond the k-th, it is asked for more of
+    them, up to TIES.
+    """
+    for more in TIES:
+        top = ask(k + more)
+        if top.ids.shape[1] < k + more or not _tied(top, k):
+            break
+    return top.between(0, k)
+
+
+def _tied(top: Top, k: int) -> bool:
+    """Whether, for any query, what is equal to the k-th may go on beyond the last."""
+    return bool(((top.scores[:, k - 1] == top.scores[:, -1]) & (top.ids[:, -1] >= 0)).any())
 
 
 def empty_top(queries: int) -> Top:

@@ -20,7 +20,7 @@ from pipelines.config import IndexConfig
 from pipelines.errors import IndexBuildError
 from pipelines.index.choose import holds_codes
 from pipelines.index.parts import BATCH_BYTES, Ids, Vectors
-from pipelines.index.recall import Top, best_first
+from pipelines.index.recall import Top, best_first, empty_top
 from pipelines.index.release import Coding, IndexShard, Release, SideFile
 from pipelines.storage import Store
 
@@ -241,3 +241,22 @@ def rescored(ids: Ids, scores: Vectors, k: int, metric: str) -> Top:
 def rerank(queries: Vectors, found: Top, stored: StoredVectors, k: int, metric: str) -> Top:
     """The best k of what was found of float32 [q, dim] queries, by the stored vectors."""
     return rescored(found.ids, scores_of(queries, found.ids, stored, metric), k, metric)
+
+
+def rerank_in_blocks(
+    queries: Vectors, found: Top, stored: StoredVectors, k: int, size: int, blocks: int, metric: str
+) -> Top:
+    """k × blocks hits, of which each k are the best of `size` more candidates that are left.
+
+    So a longer list begins with the shorter one, which it would not if more candidates could get to the front.
+    """
+    scores = scores_of(queries, found.ids, stored, metric)
+    rest = empty_top(len(queries))
+    best = []
+    for start in range(0, blocks * size, size):
+        ids = np.concatenate([rest.ids, found.ids[:, start : start + size]], axis=1)
+        pool = np.concatenate([rest.scores, scores[:, start : start + size]], axis=1)
+        ranked = rescored(ids, pool, ids.shape[1], metric)
+        best.append(ranked.between(0, k))
+        rest = ranked.between(k, ids.shape[1])
+    return Top(np.concatenate([top.ids for top in best], axis=1), np.concatenate([top.scores for top in best], axis=1))

@@ -107,6 +107,11 @@ def standing(parts: Parts) -> Selection | None:
     return Selection.every(parts.rows).without_ranges(parts.gone) if parts.gone else None
 
 
+def end_of(parts: Parts) -> int:
+    """One more than the highest id of the parts."""
+    return max((part.offset + part.rows for part in parts.ranges), default=0)
+
+
 def both(*selections: Selection | None) -> Selection | None:
     """What all allow; None, which is no restriction, where all are."""
     given = [selection for selection in selections if selection is not None]
