@@ -152,7 +152,7 @@ def search(
     among = select(named.store, searcher.parts, condition, searcher.among) if condition else None
     found = searcher.search(vectors, k, lambda line: err.print(line, markup=False), among, first, fold)
     if among is not None and not as_json:
-        out.print(f"Among {among.total:,} of {searcher.parts.rows:,} vectors.", markup=False)
+        out.print(f"Among {among.total:,} of {searcher.parts.standing:,} vectors.", markup=False)
     for query, hits in zip(asked, found, strict=True):
         print_hits(query, hits, first, as_json)
 

@@ -187,6 +187,8 @@ def _pixels(store: Store, part: PartRange, rows: Ids) -> Ids:
 def _members(store: Store, searcher: Searcher) -> Iterator[tuple[PartRange, Ids, pa.Table]]:
     """Of each part its rows, and all but the vectors."""
     for part in searcher.parts.ranges:
+        if part.gone:
+            continue
         with open_part(store, searcher.parts.path(part)) as stream, pq.ParquetFile(stream, pre_buffer=False) as file:
             names = [name for name in file.schema_arrow.names if name != "embedding"]
             table = file.read(names, use_threads=False)

@@ -73,6 +73,8 @@ class StoredItems:
 
     def _batches(self, rows: int, columns: list[str]) -> Iterator[tuple[Ids, Ids, Vectors]]:
         for part in self.parts.ranges:
+            if part.gone:
+                continue
             first, path = part.offset, self.parts.path(part)
             with open_part(self.store, path) as stream, pq.ParquetFile(stream, pre_buffer=False) as file:
                 for batch in file.iter_batches(rows, columns=columns, use_threads=False):

@@ -21,6 +21,7 @@ from pipelines.index.build import (
     attempt_at,
     build_and_settle,
     digest_of,
+    drop_removed,
     recorded_fingerprint,
     settle,
 )
@@ -52,6 +53,7 @@ def update_index(
     given: index settings in place of the release's own. Reads the vectors of new parts only. Raises: ConfigError for
     settings that only a new build can have, IndexBuildError where there is nothing to add to, NotPublishedError.
     """
+    drop_removed(store, progress)
     base = newest_or_none(store, encoder, modality)
     if base is None:
         raise IndexBuildError(
