@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+import time
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from functools import partial
 from math import ceil
@@ -16,13 +17,16 @@ from pipelines.index.cache import Cache
 from pipelines.index.parts import Parts, Vectors, batches, embeddings_folder, list_parts
 from pipelines.index.probe import Opening, ask_shard, probe
 from pipelines.index.recall import EXACT_METRICS, Top, exact, exact_of_several, merge, with_ties
-from pipelines.index.release import Release, latest_or_none, read_release
+from pipelines.index.release import IndexShard, Release, latest_or_none, read_release
+from pipelines.index.removed import not_removed
 from pipelines.index.rerank import candidates, rerank_in_blocks, stored_vectors
 from pipelines.index.selection import Selection, both
 from pipelines.index.trace import Origin, trace_standing
 from pipelines.record import FILE, read_record
 from pipelines.storage import Store
+from pipelines.takedowns import read_takedowns
 
+LOOK_EVERY_S = 5.0
 Warn = Callable[[str], None]
 Probe = Callable[[Vectors, int, Selection | None], Top]
 
@@ -49,7 +53,8 @@ class Searcher:
     ones are mapped, others read into memory, or, given a cache, fetched there and mapped.
     rerank: for each hit so many candidates are scored again with their stored vectors, 0 for none;
     where left out, as many as the release was measured with, if it has stored vectors. among: says of the parts
-    that are searched which of their ids may ever be found; all, where it is left out or says None.
+    that are searched which of their ids may ever be found; all, where it is left out or says None. What was taken
+    down is never found.
     Raises: ConfigError for an encoder that is not there, IndexBuildError for an index that is not.
     """
 
@@ -74,13 +79,16 @@ class Searcher:
         self.metric = metric or (self.release.metric if self.release else "ip")
         self.parts = self.release.parts if self.release and (release or not exact) else self._parts_now()
         self.among = among(self.parts)
+        self._takedowns = read_takedowns(store)
+        self._standing, self._looked = not_removed(store, self.parts, self._takedowns), time.monotonic()
         searched = None if exact else self.release
         self.rerank = rerank_factor(searched, rerank)
         self._stored = stored_vectors(store, searched, cache) if searched and self.rerank else None
         self._probes: list[Probe] = []
         if searched:
             params = searched.search_params if params is None else params
-            self._probes = shard_probes(Opening(store, searched, params, cache), resident)
+            opening = Opening(store, searched.folder, searched.index_key, params, cache)
+            self._probes = shard_probes(opening, searched.shards, resident)
 
     def _release(self, version: str | None) -> Release | None:
         if self.exact and version is None:
@@ -100,7 +108,7 @@ class Searcher:
         """
         queries = np.ascontiguousarray(queries, np.float32)
         self._require_shape(queries)
-        allowed = both(self.among, among)
+        allowed = both(self.findable(), among)
         if not self._stored:
             return with_ties(lambda count: self._found(queries, count, allowed), k * blocks)
         size = candidates(k, self.rerank)
@@ -125,6 +133,17 @@ class Searcher:
         if self.exact:
             return exact(queries, self._batches(among), k, self.metric, among)
         return merge((probe_shard(queries, k, among) for probe_shard in self._probes), k, self.metric)
+
+    def findable(self) -> Selection | None:
+        """What may be found at all; None where that is everything. A takedown counts some seconds after it is made."""
+        return both(self._not_removed(), self.among)
+
+    def _not_removed(self) -> Selection | None:
+        if time.monotonic() - self._looked > LOOK_EVERY_S:
+            known, self._looked = read_takedowns(self.store), time.monotonic()
+            if known is not self._takedowns:
+                self._takedowns, self._standing = known, not_removed(self.store, self.parts, known)
+        return self._standing
 
     def _batches(self, among: Selection | None) -> Iterator[tuple[int, Vectors]]:
         return batches(self.store, among.of(self.parts) if among else self.parts)
@@ -204,9 +223,8 @@ def rerank_factor(release: Release | None, asked: int | None) -> int:
     return (has.factor if has else 0) if asked is None else asked
 
 
-def shard_probes(opening: Opening, resident: bool) -> list[Probe]:
+def shard_probes(opening: Opening, shards: Iterable[IndexShard], resident: bool) -> list[Probe]:
     """What asks each index shard: one held open from now on, or one opened for the question alone."""
-    shards = opening.release.shards
     if resident:
         return [partial(ask_shard, opening.open(shard), shard) for shard in shards]
     return [partial(probe, opening, shard) for shard in shards]

@@ -16,6 +16,7 @@ import faiss
 import numpy as np
 import ray
 
+from pipelines.compact import compact_parts
 from pipelines.config import IndexConfig
 from pipelines.contracts import Modality
 from pipelines.errors import ConfigError, VecmillError
@@ -54,6 +55,7 @@ from pipelines.lease import held
 from pipelines.observe import Clock, peak_memory_mib
 from pipelines.record import read_record
 from pipelines.storage import Store, scratch_folder
+from pipelines.takedowns import read_takedowns
 
 Progress = Callable[[str], None]
 K = max(DEPTHS)
@@ -76,6 +78,7 @@ def build_index(
     batch of vectors. Raises: ConfigError, IndexBuildError, NotPublishedError.
     """
     fingerprint = recorded_fingerprint(store, encoder)
+    drop_removed(store, progress)
     latest = newest_or_none(store, encoder, modality)
     before = [part.name for part in latest.parts.ranges] if latest else []
     parts = list_parts(store, embeddings_folder(encoder, modality), before)
@@ -88,6 +91,13 @@ def build_index(
     # A name of its own: two builds may run at once, but nothing may be collected under them.
     with held(store, f"index/{encoder}.{modality}.{uuid.uuid4().hex[:12]}", "index", say=progress):
         return _publish(Build(store, encoder, modality, plan, settings), latest, fingerprint, progress)
+
+
+def drop_removed(store: Store, progress: Progress) -> None:
+    """Writes the parts again that hold what was taken down; the ids of an index of the new ones start anew."""
+    if len(read_takedowns(store).touched(waiting=True)):
+        with held(store, f"remove/{uuid.uuid4().hex[:12]}", "index", say=progress):
+            compact_parts(store, lambda holding: progress(f"wrote {holding.told} again: taken down"), waiting=True)
 
 
 def require_one_vector(parts: Parts, encoder: str, modality: Modality) -> None:

@@ -81,6 +81,11 @@ def shard_of(name: str) -> str:
     return name.removeprefix("part-").split(".")[0]
 
 
+def version_of(name: str) -> str:
+    """The shard's version, from the same."""
+    return name.split(".")[1]
+
+
 def list_parts(store: Store, folder: str, before: Sequence[str] = ()) -> Parts:
     """The finished parts under `folder` with the ids of their vectors; only their footers are read.
 

@@ -149,6 +149,12 @@ def index_folder(encoder: str, modality: str) -> str:
     return f"index/{encoder}/{modality}"
 
 
+def index_homes(store: Store) -> list[tuple[str, str]]:
+    """(encoder, modality) of every index that was ever begun."""
+    paths = (name.split("/") for name in store.names("index"))
+    return sorted({(path[0], path[1]) for path in paths if len(path) > 2})
+
+
 def claim_version(store: Store, folder: str, attempt: str) -> str:
     """The name of a version that no other builder has or will get: `v0001` or the next free."""
     taken = {name.split("/")[0] for name in store.names(folder)}

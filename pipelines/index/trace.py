@@ -13,7 +13,17 @@ import pyarrow.parquet as pq
 
 from pipelines.contracts import SAMPLES_FAMILY
 from pipelines.errors import IndexBuildError, LedgerError
-from pipelines.index.parts import PartRange, Parts, ReplacedError, Vectors, open_part, shard_of, take, vectors
+from pipelines.index.parts import (
+    PartRange,
+    Parts,
+    ReplacedError,
+    Vectors,
+    open_part,
+    shard_of,
+    take,
+    vectors,
+    version_of,
+)
 from pipelines.index.release import Release
 from pipelines.storage import Store
 
@@ -153,7 +163,7 @@ def samples_path(store: Store, name: str) -> str:
     """Of the same generation as the part, which is the rule; else the highest there is."""
     if store.exists(f"{SAMPLES_FAMILY}/{name}"):
         return f"{SAMPLES_FAMILY}/{name}"
-    shard, version = shard_of(name), name.split(".")[1]
+    shard, version = shard_of(name), version_of(name)
     others = store.glob(f"{SAMPLES_FAMILY}/part-{shard}.{version}.*.parquet")
     if not others:
         raise ReplacedError(

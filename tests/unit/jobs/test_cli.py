@@ -102,8 +102,10 @@ def test_help_lists_every_verb(vecmill: Vecmill) -> None:
     assert VERBS == [
         "collect",
         "demo",
+        "duplicates",
         "embed",
         "encoders",
+        "evaluate",
         "fit",
         "index",
         "plan",
