@@ -149,7 +149,7 @@ def search(
     spec = query_spec(named.store, searcher.encoder) if any(query.needs_encoder for query in asked) else None
     alike = examples(searcher, asked, like_modality)
     vectors = embed_queries(spec, asked, text_weight, searched=modality, examples=alike, not_weight=not_weight)
-    among = select(named.store, searcher.parts, condition, searcher.among) if condition else None
+    among = select(named.store, searcher.parts, condition, searcher.findable()) if condition else None
     found = searcher.search(vectors, k, lambda line: err.print(line, markup=False), among, first, fold)
     if among is not None and not as_json:
         out.print(f"Among {among.total:,} of {searcher.parts.standing:,} vectors.", markup=False)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from functools import partial
 from math import ceil
@@ -17,7 +17,7 @@ from pipelines.index.cache import Cache
 from pipelines.index.parts import Parts, Vectors, batches, embeddings_folder, list_grown, list_parts
 from pipelines.index.probe import Opening, ask_shard, probe
 from pipelines.index.recall import EXACT_METRICS, Top, exact, exact_of_several, merge, with_ties
-from pipelines.index.release import Release, latest_or_none, read_release
+from pipelines.index.release import IndexShard, Release, latest_or_none, read_release
 from pipelines.index.removed import not_removed
 from pipelines.index.rerank import candidates, rerank_in_blocks, stored_vectors
 from pipelines.index.selection import Selection, both, standing
@@ -87,7 +87,8 @@ class Searcher:
         self._probes: list[Probe] = []
         if searched:
             params = searched.search_params if params is None else params
-            self._probes = shard_probes(Opening(store, searched, params, cache), resident)
+            opening = Opening(store, searched.folder, searched.index_key, params, cache)
+            self._probes = shard_probes(opening, searched.shards, resident)
 
     def _release(self, version: str | None) -> Release | None:
         if self.exact and version is None:
@@ -108,7 +109,7 @@ class Searcher:
         """
         queries = np.ascontiguousarray(queries, np.float32)
         self._require_shape(queries)
-        allowed = both(self._not_removed(), self.among, among)
+        allowed = both(self.findable(), among)
         if not self._stored:
             return with_ties(lambda count: self._found(queries, count, allowed), k * blocks)
         size = candidates(k, self.rerank)
@@ -134,8 +135,11 @@ class Searcher:
             return exact(queries, self._batches(among), k, self.metric, among)
         return merge((probe_shard(queries, k, among) for probe_shard in self._probes), k, self.metric)
 
+    def findable(self) -> Selection | None:
+        """What may be found at all; None where that is everything. A takedown counts some seconds after it is made."""
+        return both(self._not_removed(), self.among)
+
     def _not_removed(self) -> Selection | None:
-        """What is taken down while this is open is found no more after a few seconds."""
         if time.monotonic() - self._looked > LOOK_EVERY_S:
             known, self._looked = read_takedowns(self.store), time.monotonic()
             if known is not self._takedowns:
@@ -220,9 +224,8 @@ def rerank_factor(release: Release | None, asked: int | None) -> int:
     return (has.factor if has else 0) if asked is None else asked
 
 
-def shard_probes(opening: Opening, resident: bool) -> list[Probe]:
+def shard_probes(opening: Opening, shards: Iterable[IndexShard], resident: bool) -> list[Probe]:
     """What asks each index shard: one held open from now on, or one opened for the question alone."""
-    shards = opening.release.shards
     if resident:
         return [partial(ask_shard, opening.open(shard), shard) for shard in shards]
     return [partial(probe, opening, shard) for shard in shards]

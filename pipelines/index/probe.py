@@ -10,7 +10,7 @@ from pipelines.index.among import ask, ask_among
 from pipelines.index.cache import Cache, opened_shard
 from pipelines.index.parts import Vectors
 from pipelines.index.recall import Top
-from pipelines.index.release import IndexShard, Release
+from pipelines.index.release import IndexShard
 from pipelines.index.selection import Selection
 from pipelines.index.tune import apply
 from pipelines.storage import Store
@@ -18,10 +18,14 @@ from pipelines.storage import Store
 
 @dataclass(frozen=True)
 class Opening:
-    """How the index shards of a release are opened. cache: where those that are not on this machine go."""
+    """How the index shards in a release's folder are opened.
+
+    key: FAISS factory string of the index. cache: where those that are not on this machine go.
+    """
 
     store: Store
-    release: Release
+    folder: str
+    key: str
     params: str
     cache: Cache | None = None
 
@@ -30,7 +34,7 @@ class Opening:
 
         Raises: IndexBuildError where it is not what the manifest says, or the parameters do not suit it.
         """
-        index = opened_shard(self.store, self.release.folder, shard, self.release.index_key, self.cache)
+        index = opened_shard(self.store, self.folder, shard, self.key, self.cache)
         try:
             apply(index, self.params)
         except RuntimeError as error:

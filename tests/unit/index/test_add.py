@@ -11,7 +11,7 @@ from pipelines.index.add import fill
 from pipelines.index.attempt import Filled
 from pipelines.index.choose import cut
 from pipelines.index.parts import Parts, list_parts
-from pipelines.index.probe import probe
+from pipelines.index.probe import Opening, probe
 from pipelines.index.recall import Top, exact, merge
 from pipelines.index.release import open_shard
 from pipelines.index.train import train
@@ -40,8 +40,8 @@ class Built:
         return fill(self.store, run, "trained.faiss", target, self.queries, 20, self.metric)
 
     def search(self, k: int) -> Top:
-        params = full_probe(self.key)
-        found = [probe(self.store, "index", each.shard, params, self.queries, k) for each in self.filled]
+        opening = Opening(self.store, "index", self.key, full_probe(self.key))
+        found = [probe(opening, each.shard, self.queries, k) for each in self.filled]
         return merge(found, k, self.metric)
 
 
