@@ -71,7 +71,11 @@ def thumbnail(inputs: Store, sample: dict[str, Any], side: int = SIDE) -> Thumbn
     """JPEG of at most side × side pixels. inputs: a store of whole addresses."""
     try:
         data = image_bytes(inputs, sample)
-        return Thumbnail(_small(data, side)) if isinstance(data, bytes) else Thumbnail(None, f"{data.reason}: {data.detail}")
+        return (
+            Thumbnail(_small(data, side))
+            if isinstance(data, bytes)
+            else Thumbnail(None, f"{data.reason}: {data.detail}")
+        )
     except FileNotFoundError:
         return Thumbnail(None, "the input is gone")
     except VecmillError as error:
