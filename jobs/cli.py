@@ -8,6 +8,7 @@ from tempfile import NamedTemporaryFile
 
 import typer
 
+from jobs.classify import classify
 from jobs.collect import collect, verify
 from jobs.compare import compare
 from jobs.console import err
@@ -37,7 +38,7 @@ app = typer.Typer(
 )
 VERBS = (
     *(plan, embed, index, releases, publish, rollback, search, remove),
-    *(evaluate, similarity, compare, duplicates),
+    *(evaluate, similarity, compare, classify, duplicates),
     *(fit, status, verify, collect, demo),
 )
 for verb in VERBS:

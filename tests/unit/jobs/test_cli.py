@@ -100,6 +100,7 @@ def assert_refused(said: Said, *told: str) -> None:
 
 def test_help_lists_every_verb(vecmill: Vecmill) -> None:
     assert VERBS == [
+        "classify",
         "collect",
         "compare",
         "demo",
