@@ -18,7 +18,10 @@ from jobs.index import index
 from jobs.releases import publish, releases, rollback
 from jobs.search import search
 from jobs.signals import Stopped, received, stoppable
+from jobs.split import split
+from jobs.stats import stats
 from jobs.status import status
+from jobs.train import train
 from pipelines.errors import HeldError, VecmillError
 from pipelines.secrets import masked
 
@@ -30,7 +33,23 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-for verb in (plan, embed, index, releases, publish, rollback, search, fit, status, verify, collect, demo):
+for verb in (
+    plan,
+    embed,
+    index,
+    releases,
+    publish,
+    rollback,
+    search,
+    fit,
+    status,
+    verify,
+    collect,
+    train,
+    stats,
+    split,
+    demo,
+):
     app.command()(verb)
 app.add_typer(encoders, name="encoders")
 
