@@ -24,7 +24,10 @@ from jobs.remove import remove
 from jobs.search import search
 from jobs.signals import Stopped, received, stoppable
 from jobs.similarity import similarity
+from jobs.split import split
+from jobs.stats import stats
 from jobs.status import status
+from jobs.train import train
 from pipelines.errors import HeldError, VecmillError
 from pipelines.secrets import masked
 
@@ -39,6 +42,7 @@ app = typer.Typer(
 VERBS = (
     *(plan, embed, index, releases, publish, rollback, search, remove),
     *(evaluate, similarity, compare, classify, duplicates),
+    *(train, split, stats),
     *(fit, status, verify, collect, demo),
 )
 for verb in VERBS:

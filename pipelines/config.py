@@ -42,7 +42,7 @@ def _as_list(value: Any) -> Any:
     return [part for part in value.split(",") if part] if isinstance(value, str) else value
 
 
-def _one_or_more(value: Any) -> Any:
+def one_or_more(value: Any) -> Any:
     return [value] if isinstance(value, str) else value
 
 
@@ -191,10 +191,10 @@ class ClusterConfig(Section):
 class RunConfig(Section):
     """Everything an `embed` run is told."""
 
-    input: Annotated[list[str], BeforeValidator(_one_or_more)] = Field(min_length=1)
+    input: Annotated[list[str], BeforeValidator(one_or_more)] = Field(min_length=1)
     output: str
-    encoder: Annotated[list[str], BeforeValidator(_one_or_more)] = Field(min_length=1)
-    name: Annotated[list[Alias] | None, BeforeValidator(_one_or_more)] = Field(
+    encoder: Annotated[list[str], BeforeValidator(one_or_more)] = Field(min_length=1)
+    name: Annotated[list[Alias] | None, BeforeValidator(one_or_more)] = Field(
         None, description="alias of the encoder's folder, of each where there are several"
     )
     format: Literal["auto", "tar", "parquet", "folder", "manifest"] = "auto"
@@ -234,6 +234,11 @@ class RunConfig(Section):
 
 
 def load_config(path: str | Path | None, overrides: Mapping[str, Any] | None = None) -> RunConfig:
+    """The settings of an embed run's recipe: `load_settings` of a RunConfig."""
+    return load_settings(RunConfig, path, overrides)
+
+
+def load_settings(section: type[S], path: str | Path | None, overrides: Mapping[str, Any] | None = None) -> S:
     """The settings of a recipe with dotted `overrides` (`{"encode.precision": "bf16"}`) on top.
 
     Values of None are not overrides. Raises: ConfigError with the key's path, the value and what is
@@ -243,7 +248,7 @@ def load_config(path: str | Path | None, overrides: Mapping[str, Any] | None = N
     for dotted, value in (overrides or {}).items():
         if value is not None:
             _set(settings, dotted.split("."), value)
-    return validate(RunConfig, settings)
+    return validate(section, settings)
 
 
 def validate(section: type[S], settings: Mapping[str, Any]) -> S:

@@ -472,3 +472,13 @@ def test_the_recipes_that_ship_are_good() -> None:
     assert recipes
     for recipe in recipes:
         assert json.loads(load_config(recipe).model_dump_json())
+
+
+def test_the_training_recipes_that_ship_are_good() -> None:
+    from pipelines.config import load_settings
+    from pipelines.training.settings import TrainConfig
+
+    recipes = sorted((Path(__file__).parents[3] / "jobs" / "recipes" / "training").glob("*.yaml"))
+    assert recipes
+    for recipe in recipes:
+        assert json.loads(load_settings(TrainConfig, recipe).model_dump_json())
