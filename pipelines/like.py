@@ -11,11 +11,13 @@ import pyarrow.parquet as pq
 from pipelines.contracts import Modality
 from pipelines.errors import ConfigError, InputError
 from pipelines.index.parts import PartRange, Parts, Vectors, embeddings_folder, list_parts, open_part, take, vectors
+from pipelines.index.removed import not_removed
 from pipelines.index.selection import Selection, end_of
 from pipelines.index.trace import trace_parts
 from pipelines.queries import Query
 from pipelines.record import read_record
 from pipelines.search import Searcher
+from pipelines.takedowns import read_takedowns
 
 THREADS = 8
 
@@ -39,18 +41,19 @@ def _example(searcher: Searcher, query: Query, by_key: dict[str, Vectors]) -> Ve
         return by_key[query.like]
     if query.like_id is None:
         return None
-    allowed = searcher.among or Selection.every(end_of(searcher.parts))
+    allowed = searcher.allowed() or Selection.every(end_of(searcher.parts))
     if query.like_id < 0 or not allowed.mask(query.like_id, query.like_id + 1)[0]:
         raise InputError(f"There is no id {query.like_id} to be like", "Take one that a search gave.")
     return trace_parts(searcher.store, searcher.parts, [query.like_id])[0].vector
 
 
 def _by_key(searcher: Searcher, keys: set[str], modality: Modality) -> dict[str, Vectors]:
-    store, parts, among = searcher.store, searcher.parts, searcher.among
+    store, parts, among = searcher.store, searcher.parts, searcher.allowed()
     folder = embeddings_folder(searcher.encoder, modality)
     if modality != searcher.modality:
         _require_comparable(searcher, modality)
-        parts, among = list_parts(store, folder), None
+        parts = list_parts(store, folder)
+        among = not_removed(store, parts, read_takedowns(store))
     found: dict[str, Vectors] = {}
     for part, places in _places(searcher, parts, keys, among):
         for key, position in places.items():

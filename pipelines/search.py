@@ -108,7 +108,7 @@ class Searcher:
         """
         queries = np.ascontiguousarray(queries, np.float32)
         self._require_shape(queries)
-        allowed = both(self._not_removed(), self.among, among)
+        allowed = both(self.allowed(), among)
         if not self._stored:
             return with_ties(lambda count: self._found(queries, count, allowed), k * blocks)
         size = candidates(k, self.rerank)
@@ -134,13 +134,14 @@ class Searcher:
             return exact(queries, self._batches(among), k, self.metric, among)
         return merge((probe_shard(queries, k, among) for probe_shard in self._probes), k, self.metric)
 
-    def _not_removed(self) -> Selection | None:
-        """What is taken down while this is open is found no more after a few seconds."""
+    def allowed(self) -> Selection | None:
+        """Which ids may be found at all; None for every one. What is taken down while this is open goes after a few
+        seconds."""
         if time.monotonic() - self._looked > LOOK_EVERY_S:
             known, self._looked = read_takedowns(self.store), time.monotonic()
             if known is not self._takedowns:
                 self._takedowns, self._standing = known, not_removed(self.store, self.parts, known)
-        return self._standing
+        return both(self._standing, self.among)
 
     def _batches(self, among: Selection | None) -> Iterator[tuple[int, Vectors]]:
         return batches(self.store, among.of(self.parts) if among else self.parts)
