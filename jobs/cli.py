@@ -20,6 +20,7 @@ from jobs.evaluate import evaluate
 from jobs.fit import fit
 from jobs.index import index
 from jobs.releases import publish, releases, rollback
+from jobs.report import report
 from jobs.search import search
 from jobs.signals import Stopped, received, stoppable
 from jobs.similarity import similarity
@@ -37,7 +38,7 @@ app = typer.Typer(
 )
 VERBS = (
     *(plan, embed, index, releases, publish, rollback, search),
-    *(evaluate, similarity, compare, classify, duplicates),
+    *(evaluate, similarity, compare, classify, duplicates, report),
     *(fit, status, verify, collect, demo),
 )
 for verb in VERBS:

@@ -113,6 +113,7 @@ def test_help_lists_every_verb(vecmill: Vecmill) -> None:
         "plan",
         "publish",
         "releases",
+        "report",
         "rollback",
         "search",
         "similarity",
