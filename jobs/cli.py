@@ -19,6 +19,7 @@ from jobs.encoders import app as encoders
 from jobs.evaluate import evaluate
 from jobs.fit import fit
 from jobs.index import index
+from jobs.map import map
 from jobs.releases import publish, releases, rollback
 from jobs.remove import remove
 from jobs.report import report
@@ -42,7 +43,7 @@ app = typer.Typer(
 )
 VERBS = (
     *(plan, embed, index, releases, publish, rollback, search, remove),
-    *(evaluate, similarity, compare, classify, duplicates, report),
+    *(evaluate, similarity, compare, classify, duplicates, map, report),
     *(train, split, stats),
     *(fit, status, verify, collect, demo),
 )

@@ -8,6 +8,7 @@ from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
@@ -15,6 +16,7 @@ from PIL import Image
 
 from pipelines.contracts import REJECTS_PART
 from pipelines.evaluate.compare import Wanted, compare, contenders
+from pipelines.evaluate.map import draw_map, positions
 from pipelines.evaluate.report import report
 from pipelines.evaluate.retrieval import Asked, evaluate
 from pipelines.evaluate.statistics import statistics
@@ -134,7 +136,10 @@ def write_training(root: Path) -> None:
 def pages(root: Path) -> dict[str, Path]:
     store = Store(str(root / "out"))
     compared = compare(contenders([store]), Wanted(k=4, agreed=20, shown=2))
-    return {"report": Path(report(store)["page"]), "compare": Path(compared["page"])}
+    mapped = draw_map(store, ENCODER, sample=60)
+    return {
+        name: Path(each["page"]) for name, each in (("report", report(store)), ("compare", compared), ("map", mapped))
+    }
 
 
 def test_the_report_tells_what_the_output_has(root: Path, pages: dict[str, Path]) -> None:
@@ -161,7 +166,7 @@ def test_the_report_tells_what_the_output_has(root: Path, pages: dict[str, Path]
 def test_what_samples_say_is_never_markup(pages: dict[str, Path]) -> None:
     for page in pages.values():
         html = page.read_text()
-        assert "alert(1)" in html and "<script" not in html and "<b>why" not in html
+        assert "alert(1)" in html and "<script>alert" not in html and "<b>why" not in html
 
 
 @pytest.mark.skipif(not CHROMIUM, reason=NO_BROWSER)
@@ -170,6 +175,27 @@ def test_a_browser_has_no_complaint_and_misses_no_image(name: str, pages: dict[s
     seen = look_at(pages[name], tmp_path)
     assert seen.images > 9 and seen.missing == 0
     assert seen.console == [] and seen.requests == []
+
+
+@pytest.mark.skipif(not CHROMIUM, reason=NO_BROWSER)
+def test_the_map_shows_what_one_points_at(pages: dict[str, Path], tmp_path: Path) -> None:
+    pointed = tmp_path / "pointed.html"
+    point = "<script>document.querySelector('circle[data-image^=data]').dispatchEvent(new Event('focusin', {bubbles: true}))</script></body>"
+    pointed.write_text(pages["map"].read_text().replace("</body>", point))
+    seen = look_at(pointed, tmp_path)
+    assert (seen.images, seen.missing, seen.console, seen.requests) == (1, 0, [], [])
+    document = json.loads(pages["map"].with_name("map.json").read_text())
+    assert len(document["points"]) == 60 and document["by"] == "label"
+
+
+def test_a_map_keeps_groups_apart_and_is_seeded() -> None:
+    random = np.random.default_rng(0)
+    centres = np.repeat(random.normal(size=(3, 16)), 20, axis=0)
+    vectors = (centres + 0.05 * random.normal(size=centres.shape)).astype(np.float32)
+    found = positions(vectors, 0)
+    own = np.repeat(np.arange(3), 20)
+    apart = np.linalg.norm(found[:, None] - found, axis=2) + 9 * np.eye(60)
+    assert (own[apart.argmin(axis=1)] == own).all() and np.array_equal(found, positions(vectors, 0))
 
 
 @pytest.mark.skipif(not CHROMIUM, reason=NO_BROWSER)

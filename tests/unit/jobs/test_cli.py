@@ -110,6 +110,7 @@ def test_help_lists_every_verb(vecmill: Vecmill) -> None:
         "evaluate",
         "fit",
         "index",
+        "map",
         "plan",
         "publish",
         "releases",
@@ -118,7 +119,10 @@ def test_help_lists_every_verb(vecmill: Vecmill) -> None:
         "rollback",
         "search",
         "similarity",
+        "split",
+        "stats",
         "status",
+        "train",
         "verify",
     ]
     said = vecmill("--help")

@@ -1,0 +1,84 @@
+"""A map of an embedding space: a sample of its vectors in two dimensions, near ones near each other."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from sklearn.cluster import KMeans
+from sklearn.decomposition import PCA
+from sklearn.manifold import TSNE
+
+from pipelines.contracts import Modality
+from pipelines.errors import ConfigError
+from pipelines.evaluate.charts import COLOURS
+from pipelines.evaluate.groups import Groups
+from pipelines.evaluate.items import collect, draw, places_of, stored
+from pipelines.evaluate.pages import page, shown
+from pipelines.evaluate.thumbnails import samples_at, thumbnails
+from pipelines.index.parts import Vectors
+from pipelines.storage import Store
+
+LEAST, PERPLEXITY, CLUSTERS, SIDE, KEPT_DIMENSIONS = 8, 30, 8, 64, 50
+
+
+def draw_map(
+    store: Store,
+    encoder: str,
+    modality: Modality = "image",
+    sample: int = 1_000,
+    seed: int = 0,
+    folder: str | None = None,
+) -> dict[str, Any]:
+    """Writes `map.html`, with thumbnails and captions to hover over, and `map.json`, the points; returns the latter.
+
+    t-SNE (van der Maaten and Hinton, JMLR 2008) of a seeded sample; colours by label, by k-means where there are no
+    labels. Memory: the sample, its vectors and its thumbnails. Raises: ConfigError where there is too little.
+    """
+    items = stored(store, encoder, modality, Groups(store))
+    ids, total = draw(items, sample, seed)
+    if len(ids) < LEAST:
+        raise ConfigError(f"{total} vectors are too few for a map", f"It takes {LEAST}.")
+    vectors = collect(items, ids, 2**14).vectors
+    samples = samples_at(store, places_of(items, ids))
+    labels = [each["label"] for each in samples]
+    by = "label" if any(labels) else "cluster"
+    groups = [label or "no label" for label in labels] if by == "label" else clusters(vectors, seed)
+    target = folder or f"map/{encoder}/{modality}"
+    points = [
+        {"x": x, "y": y, "key": each["key"], "group": group}
+        for (x, y), each, group in zip(positions(vectors, seed).tolist(), samples, groups, strict=True)
+    ]
+    pictures = [shown(*each) for each in zip(samples, thumbnails(store, samples, SIDE), strict=True)]
+    names = sorted(set(groups), key=lambda name: (-groups.count(name), name))
+    colours = {name: COLOURS[min(at, len(COLOURS) - 1)] for at, name in enumerate(names)}
+    document = {"encoder": encoder, "modality": modality, "of": total, "by": by, "seed": seed, "points": points}
+    html = page(
+        "map.html",
+        title=f"{encoder} {modality}: {len(points):,} of {total:,}",
+        by=by,
+        legend=[(name, colours[name], groups.count(name)) for name in names[: len(COLOURS)]],
+        points=[
+            {**point, **picture, "colour": colours[str(point["group"])]}
+            for point, picture in zip(points, pictures, strict=True)
+        ],
+    )
+    store.put_atomic(f"{target}/map.html", html)
+    store.put_atomic(f"{target}/map.json", json.dumps(document).encode())
+    return {**document, "page": store.uri(f"{target}/map.html")}
+
+
+def positions(vectors: Vectors, seed: int) -> NDArray[np.float64]:
+    """[n, 2] in 0 … 1, by cosine; noise beyond the first 50 principal components is left out."""
+    kept = PCA(min(KEPT_DIMENSIONS, *vectors.shape), random_state=seed).fit_transform(vectors)
+    perplexity = min(PERPLEXITY, (len(vectors) - 1) / 3)
+    found = TSNE(2, perplexity=perplexity, metric="cosine", init="random", random_state=seed).fit_transform(kept)
+    low, high = found.min(axis=0), found.max(axis=0)
+    return np.asarray((found - low) / np.where(high > low, high - low, 1), np.float64)
+
+
+def clusters(vectors: Vectors, seed: int) -> list[str]:
+    found = KMeans(min(CLUSTERS, len(vectors)), n_init=1, random_state=seed).fit_predict(vectors)
+    return [f"cluster {number + 1}" for number in found.tolist()]
