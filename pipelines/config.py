@@ -24,6 +24,7 @@ from pydantic import (
     ValidationError,
     ValidationInfo,
     field_validator,
+    model_validator,
 )
 from yaml.parser import ParserError
 from yaml.scanner import ScannerError
@@ -159,7 +160,10 @@ class IndexConfig(Section):
     max_query_ms: float = Field(10.0, gt=0, description="latency target of one query")
     shards: PositiveInt | Auto = Field("auto", description="index shards; auto: one per 10 million vectors")
     train_vectors: PositiveInt | Auto = Field("auto", description="vectors sampled for training; auto: 100 per cluster")
-    recall_queries: int = Field(1_000, ge=1, description="queries that recall is measured with")
+    search_params: str | None = Field(
+        None, description="pinned, as in nprobe=16: nothing is tuned by the clock, and the same build gives the same"
+    )
+    recall_queries: int = Field(1_000, ge=0, description="queries that recall is measured with; 0: it is not measured")
     rerank: Literal["auto", "float16", "int8", "none"] = Field(
         "auto", description="stored vectors that search re-scores with; auto: float16 where the index holds codes alone"
     )
@@ -169,6 +173,14 @@ class IndexConfig(Section):
     )
     keep: int = Field(3, ge=1, description="releases older than the current one that publishing leaves")
     seed: int = Field(0, ge=0)
+
+    @model_validator(mode="after")
+    def _no_floor_for_what_is_not_measured(self) -> IndexConfig:
+        if self.floor and not self.recall_queries:
+            raise ValueError(
+                "recall_queries is 0, so that no recall is known to be above the floor: set floor to 0 too"
+            )
+        return self
 
 
 class ClusterConfig(Section):

@@ -1,6 +1,7 @@
 """Outputs to index: real parts, samples and run.json, of seeded vectors clustered by part."""
 
 import json
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -102,12 +103,18 @@ def write_shard(
     )
     _write(root / "embeddings" / encoder / "text" / name, "text", at, captions, texts, dtype, row_group)
     write_commit(root, encoder, at, generation, rows, {"image": len(kept), "text": len(captions)})
+    write_samples(root, at, rows, captions_of, row_group, generation)
+
+
+def write_samples(
+    root: Path, at: int, rows: int, captions: Callable[[int], int], row_group: int, generation: int = 0
+) -> None:
     samples = pa.table(
         {
             "shard": [shard_id(at)] * rows,
             "row": list(range(rows)),
             "key": [key_of(at, row) for row in range(rows)],
-            "captions": [[caption_of(at, row, index) for index in range(captions_of(row))] for row in range(rows)],
+            "captions": [[caption_of(at, row, index) for index in range(captions(row))] for row in range(rows)],
             "uri": [f"photos-{at:05d}.tar"] * rows,
             "offset": [512 + 1024 * row for row in range(rows)],
             "length": [100 + row for row in range(rows)],
@@ -118,9 +125,25 @@ def write_shard(
         },
         schema=SAMPLES_PART,
     )
-    target = root / "samples" / name
+    target = root / "samples" / part_name(at, generation)
     target.parent.mkdir(parents=True, exist_ok=True)
     pq.write_table(samples, target, row_group_size=row_group)
+
+
+def write_images(root: Path, at: int, vectors: np.ndarray, row_group: int = 16_384) -> None:
+    """A shard of images alone, whose vectors, [n, dim], are given."""
+    rows = len(vectors)
+    _write(
+        root / "embeddings" / ENCODER / "image" / part_name(at),
+        "image",
+        at,
+        [(row, None) for row in range(rows)],
+        vectors,
+        "float16",
+        row_group,
+    )
+    write_samples(root, at, rows, lambda row: 0, row_group)
+    write_commit(root, ENCODER, at, 0, rows, {"image": rows})
 
 
 def write_commit(root: Path, encoder: str, at: int, generation: int, rows: int, embedded: dict[str, int]) -> None:
@@ -148,7 +171,7 @@ def write_commit(root: Path, encoder: str, at: int, generation: int, rows: int, 
         ],
         counts={
             "image": Counts(items=rows, embedded=embedded["image"], rejected=rows - embedded["image"]),
-            "text": Counts(items=embedded["text"], embedded=embedded["text"]),
+            **({"text": Counts(items=embedded["text"], embedded=embedded["text"])} if "text" in embedded else {}),
         },
     )
     Store(str(root)).put_atomic(commit.ref.path, commit.model_dump_json().encode())

@@ -46,9 +46,10 @@ def fill(
 ) -> Filled:
     """One index shard from a run of parts, put at `target`; memory for it and one batch.
 
-    trained: path of the empty trained index. queries: float32 [q, dim], compared with every vector
-    that goes by. coding: the vectors go, as it says, into a side file beside the target. scratch_bytes: of local
-    disk, without which it does not begin. Putting the same shard twice does no harm, so Ray may retry.
+    trained: path of the empty trained index. queries: float32 [q, dim], compared with every vector that goes by;
+    none where recall is not measured. coding: the vectors go, as it says, into a side file beside the target.
+    scratch_bytes: of local disk, without which it does not begin. Putting the same shard twice does no harm, so Ray
+    may retry.
     """
     index, _ = load_index(store, trained)
     truth = empty_top(len(queries))
@@ -57,7 +58,8 @@ def fill(
         side = SideWriter(Path(scratch) / "side.npy", coding, parts.rows, parts.dim) if coding else None
         for first, batch in batches(store, parts):
             index.add_with_ids(batch, np.arange(first, first + len(batch)))
-            truth = merge([truth, exact_in_batch(queries, first, batch, k, metric)], k, metric)
+            if len(queries):
+                truth = merge([truth, exact_in_batch(queries, first, batch, k, metric)], k, metric)
             if side:
                 side.add(batch)
         written = side.put(store, f"{target.removesuffix('.faiss')}.npy") if side else None

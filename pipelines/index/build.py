@@ -21,7 +21,7 @@ from pipelines.contracts import Modality
 from pipelines.errors import ConfigError, VecmillError
 from pipelines.index.add import answer_task, fill_task, read_task, score_task
 from pipelines.index.choose import holds_codes
-from pipelines.index.measure import CURVE_K, Ask, Found, draw_samples, merged, require_whole, rerank_ms
+from pipelines.index.measure import CURVE_K, TIMED_QUERIES, Ask, Found, draw_samples, merged, require_whole, rerank_ms
 from pipelines.index.parts import BATCH_BYTES, Parts, Vectors, embeddings_folder, list_parts
 from pipelines.index.plan import Plan, make_plan
 from pipelines.index.publish import publish
@@ -59,6 +59,7 @@ Progress = Callable[[str], None]
 K = max(DEPTHS)
 CURVE_S = 0.3
 """Seconds that each of a curve's latencies is measured for."""
+NOT_MEASURED = {"recall": Recall(queries={}, figures={})}
 
 
 def build_index(
@@ -252,7 +253,7 @@ class Build:
         self, trained: str, queries: Queries, coding: Coding | None, progress: Progress
     ) -> tuple[list[IndexShard], Top]:
         task: Any = fill_task.options(memory=self.plan.task_bytes)
-        asked = ray.put(queries.vectors)
+        asked = ray.put(queries.vectors[: None if self.settings.recall_queries else 0])
         targets = [f"{self.folder}/shard-{at:04d}.faiss" for at in range(len(self.plan.runs))]
         scratch, metric = self.plan.scratch_bytes, self.settings.metric
         refs = [
@@ -274,9 +275,10 @@ class Build:
         """
         share = shard.rows / self.plan.parts.rows
         index = open_shard(self.store, self.folder, shard)
-        params = tune(index, self.plan.key, self.settings.max_query_ms * share)
+        params = self.settings.search_params or tune(index, self.plan.key, self.settings.max_query_ms * share)
+        others = around(self.plan.key, params) if self.settings.recall_queries else []
         times = {}
-        for each in [*around(self.plan.key, params), params]:
+        for each in [*others, params]:
             apply(index, each)
             times[each] = round(query_ms(index, queries.vectors, 1.0 if each == params else CURVE_S) / share, 3)
         return Tuned(params, times)
@@ -284,9 +286,12 @@ class Build:
     def measure(
         self, shards: list[IndexShard], tuned: Tuned, queries: Queries, truth: Top, coding: Coding | None
     ) -> dict[str, Any]:
-        """The fields of the release that tell what it finds."""
+        """The fields of the release that tell what it finds, and that its ids lead back."""
+        measured = bool(self.settings.recall_queries)
+        queries = queries if measured else queries.first(TIMED_QUERIES)
         factor, metric = (self.settings.rerank_factor if coding else 1), self.settings.metric
-        asks = [Ask(tuned.params, K * factor + 1), *(Ask(params, CURVE_K * factor + 1) for params in tuned.times)]
+        curve = [Ask(params, CURVE_K * factor + 1) for params in tuned.times] if measured else []
+        asks = [Ask(tuned.params, K * factor + 1), *curve]
         samples = draw_samples(self.store, self.plan.parts, self.settings.seed)
         task = answer_task.options(memory=self.plan.task_bytes)
         asked = ray.put(queries.vectors)
@@ -295,8 +300,25 @@ class Build:
             require_whole(self.store, self.folder, shard, get(ref)) for shard, ref in zip(shards, refs, strict=True)
         )
         tops = merged(answers, asks, metric, queries.own)
+        return {
+            "rerank": self.rerank(shards, queries, tops[0], coding) if coding else None,
+            "round_trips": len(samples.ids),
+            **(self.figures(shards, tuned, queries, truth, tops, coding) if measured else NOT_MEASURED),
+        }
+
+    def figures(
+        self,
+        shards: list[IndexShard],
+        tuned: Tuned,
+        queries: Queries,
+        truth: Top,
+        tops: list[Top],
+        coding: Coding | None,
+    ) -> dict[str, Any]:
+        """Recall and its curve, of what all index shards found: `tops` of the tuned parameters, then of the curve's."""
+        factor, metric = (self.settings.rerank_factor if coding else 1), self.settings.metric
         truth = without(truth, queries.own)
-        scores = self.scores(shards, asked, tops, coding) if coding else [None] * len(tops)
+        scores = self.scores(shards, ray.put(queries.vectors), tops, coding) if coding else [None] * len(tops)
         exact = all(shard.side and shard.side.exact for shard in shards) if coding else not holds_codes(self.plan.key)
         found = [Found(top, score, metric, factor, exact) for top, score in zip(tops, scores, strict=True)]
         return {
@@ -305,9 +327,7 @@ class Build:
                 figures=found[0].figures(truth, queries),
                 reranked=found[0].reranked(truth, queries),
             ),
-            "rerank": self.rerank(shards, queries, tops[0], coding) if coding else None,
             "curve": tuple(map(partial(curve_point, truth, queries), tuned.times.items(), found[1:])),
-            "round_trips": len(samples.ids),
         }
 
     def scores(self, shards: list[IndexShard], asked: Any, tops: list[Top], coding: Coding) -> list[Vectors]:

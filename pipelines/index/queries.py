@@ -30,6 +30,11 @@ class Queries:
         """int64 [queries]: each query's id in the index, -1 for a caption asked of an image index."""
         return np.concatenate([self.ids, np.full(len(self.vectors) - len(self.ids), -1)])
 
+    def first(self, count: int) -> Queries:
+        """So many of the index's own."""
+        kind = next(iter(self.kinds))
+        return Queries({kind: self.kinds[kind][:count]}, self.ids[:count])
+
     def slices(self) -> dict[str, slice]:
         ends = np.cumsum([len(asked) for asked in self.kinds.values()])
         return {kind: slice(end - len(asked), end) for (kind, asked), end in zip(self.kinds.items(), ends, strict=True)}

@@ -63,9 +63,9 @@ class Recall(BaseModel):
     reranked: dict[str, dict[str, float]] = {}
 
     @property
-    def lowest_at_10(self) -> float:
-        """recall@10 as search has it by default, of the kind of query that fares worst."""
-        return min((kind["recall@10"] for kind in (self.reranked or self.figures).values()), default=1.0)
+    def lowest_at_10(self) -> float | None:
+        """recall@10 as search has it by default, of the kind of query that fares worst; None if it was not measured."""
+        return min((kind["recall@10"] for kind in (self.reranked or self.figures).values()), default=None)
 
 
 class Coding(BaseModel):

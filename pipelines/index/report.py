@@ -10,7 +10,8 @@ from pipelines.index.release import CurvePoint, Release
 
 def markdown(release: Release) -> str:
     """The figures of the manifest as tables. The curve is one too: nothing here draws."""
-    sections = [_facts(release), _recall(release), _curve(release), _costs(release)]
+    found = [_recall(release), _curve(release)] if release.recall.queries else [_not_measured(release)]
+    sections = [_facts(release), *found, _costs(release)]
     return "\n\n".join([f"# {release.folder}", *("\n".join(section) for section in sections)]) + "\n"
 
 
@@ -32,6 +33,11 @@ def _recall(release: Release) -> Iterator[str]:
         for how, figures, ms, size in rows_of(release, kind):
             cells = [f"{figures[f'recall@{k}']:.3f}" for k in DEPTHS]
             yield _row([f"{kind} ({count:,})", how, *cells, f"{ms:.2f}", f"{size:,.1f}"])
+
+
+def _not_measured(release: Release) -> Iterator[str]:
+    yield "## Recall\n"
+    yield f"Not measured (index.recall_queries is 0). {release.query_ms:.2f} ms a query."
 
 
 def rows_of(release: Release, kind: str) -> Iterator[tuple[str, dict[str, float], float, float]]:

@@ -9,6 +9,7 @@ import faiss
 from autofaiss.external.optimize import binary_search_on_param, get_optimal_hyperparameters
 from autofaiss.indices.index_utils import speed_test_ms_per_query
 
+from pipelines.errors import ConfigError
 from pipelines.index.parts import Vectors
 
 # autofaiss finds these anywhere in a key, and takes an IVF_HNSW for an HNSW; so we ask it only for these.
@@ -55,6 +56,18 @@ def _with(params: str, looked: int) -> str:
 def apply(index: Any, params: str) -> None:
     """Sets `nprobe=8,efSearch=16`-like parameters. Raises: RuntimeError for one that the index has not."""
     faiss.ParameterSpace().set_index_parameters(index, params)
+
+
+def require_params(index: Any, key: str, params: str) -> None:
+    """Raises: ConfigError for pinned parameters that an index of this key has not."""
+    try:
+        apply(index, params)
+    except RuntimeError as error:
+        reason = str(error).rpartition(":")[2].strip()
+        raise ConfigError(
+            f"index.search_params: {params!r} does not suit {key}: {reason}",
+            "Take those of a release's manifest, such as nprobe=16 for IVF and efSearch=64 for HNSW, or leave it out.",
+        ) from None
 
 
 def full_probe(key: str) -> str:

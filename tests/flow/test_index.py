@@ -214,6 +214,21 @@ def test_nothing_changed_builds_nothing(ray_local: None, tmp_path: Path) -> None
     assert [shard.sha256 for shard in forced.shards] == [shard.sha256 for shard in first.shards]
 
 
+def test_pinned_and_without_recall_the_same_build_gives_the_same(ray_local: None, tmp_path: Path) -> None:
+    store = write_output(tmp_path, parts=4, rows=300)
+    settings = IndexConfig(
+        index_key="OPQ4_16,IVF16,PQ4x4", search_params="nprobe=3,ht=64", recall_queries=0, floor=0, shards=2
+    )
+    built = [build_index(store, ENCODER, "image", settings, force=True) for _ in range(2)]
+    assert {release.search_params for release in built} == {"nprobe=3,ht=64"}
+    assert built[0].query_ms > 0 and built[0].rerank and built[0].rerank.query_ms > 0
+    assert not built[0].recall.queries and not built[0].curve and built[0].recall.lowest_at_10 is None
+    assert [[file.sha256 for file in release.files] for release in built] == [[f.sha256 for f in built[0].files]] * 2
+    assert "Not measured" in (tmp_path / built[0].folder / "report.md").read_text()
+    (row,) = Searcher(store).search(everything(tmp_path, "image")[1][[7]], 3)
+    assert row[0].id == 7
+
+
 def test_captions_measure_an_image_index_too(ray_local: None, tmp_path: Path) -> None:
     store = write_output(tmp_path, parts=4)
     release = build_index(store, ENCODER, "image", IndexConfig(**QUICK))

@@ -1,8 +1,12 @@
 import numpy as np
 import pytest
 
+from pipelines.config import IndexConfig
+from pipelines.errors import ConfigError
+from pipelines.index.plan import make_plan
 from pipelines.index.train import train
 from pipelines.index.tune import apply, full_probe, query_ms, tune
+from tests.unit.index.test_parts import of_rows
 
 KEYS = {
     "OPQ4_16,IVF16,PQ4x4": "ip",
@@ -39,3 +43,11 @@ def test_full_probe_looks_at_every_list() -> None:
     assert full_probe("OPQ8_32,IVF1024,PQ8x8") == "nprobe=1024"
     assert full_probe("OPQ8_32,IVF1024_HNSW32,PQ8x8") == "nprobe=1024,efSearch=2048"
     assert full_probe("HNSW32") == full_probe("Flat") == ""
+
+
+@pytest.mark.parametrize("params", ["nprob=2", "efSearch=4", "x"])
+def test_pinned_parameters_that_do_not_suit_are_told_before_anything_is_built(params: str) -> None:
+    settings = IndexConfig(index_key="IVF4,Flat", search_params=params)
+    with pytest.raises(ConfigError, match=f"index.search_params: '{params}' does not suit IVF4,Flat: could not"):
+        make_plan(of_rows(500), settings)
+    make_plan(of_rows(500), settings.model_copy(update={"search_params": "nprobe=2"}))
