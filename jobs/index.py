@@ -33,6 +33,9 @@ Metric = Annotated[str | None, typer.Option(help="ip (inner product) or l2.")]
 Shards = Annotated[int | None, typer.Option(help="Index shards, each filled by one task.")]
 Memory = Annotated[str | None, typer.Option("--max-index-memory", help="Memory budget of one index shard, as in 4G.")]
 Latency = Annotated[float | None, typer.Option("--max-query-ms", help="Latency target of one query.")]
+Target = Annotated[
+    float | None, typer.Option("--target-recall", help="recall@10, re-ranked, in place of a latency target.")
+]
 Rerank = Annotated[
     str | None,
     typer.Option(
@@ -55,6 +58,7 @@ def index(
     shards: Shards = None,
     max_index_memory: Memory = None,
     max_query_ms: Latency = None,
+    target_recall: Target = None,
     rerank: Rerank = None,
     floor: Floor = None,
     seed: Seed = None,
@@ -81,6 +85,7 @@ def index(
         "shards": shards,
         "max_index_memory": max_index_memory,
         "max_query_ms": max_query_ms,
+        "target_recall": target_recall,
         "rerank": rerank,
         "floor": floor,
         "seed": seed,
@@ -115,7 +120,7 @@ def print_release(store: Store, release: Release) -> None:
     out.print(f"  key     {release.index_key}  {release.search_params}  ({release.metric})", markup=False)
     for kind, count in release.recall.queries.items():
         for how, figures, ms, each in rows_of(release, kind):
-            shown = "  ".join(f"{name} {value:.3f}" for name, value in figures.items())
+            shown = "  ".join(f"{name} {value:.3f}" for name, value in figures.items() if name.startswith("recall"))
             out.print(
                 f"  recall  {kind} queries ({count:,}), {how}: {shown}  {ms:.2f} ms  {each:,.0f} bytes a vector",
                 markup=False,

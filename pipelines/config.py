@@ -160,6 +160,9 @@ class IndexConfig(Section):
     max_query_ms: float = Field(10.0, gt=0, description="latency target of one query")
     shards: PositiveInt | Auto = Field("auto", description="index shards; auto: one per 10 million vectors")
     train_vectors: PositiveInt | Auto = Field("auto", description="vectors sampled for training; auto: 100 per cluster")
+    target_recall: float | None = Field(
+        None, gt=0, le=1, description="recall@10, re-ranked, to look just far enough for, in place of max_query_ms"
+    )
     search_params: str | None = Field(
         None, description="pinned, as in nprobe=16: nothing is tuned by the clock, and the same build gives the same"
     )
@@ -175,11 +178,15 @@ class IndexConfig(Section):
     seed: int = Field(0, ge=0)
 
     @model_validator(mode="after")
-    def _no_floor_for_what_is_not_measured(self) -> IndexConfig:
+    def _settings_that_agree(self) -> IndexConfig:
         if self.floor and not self.recall_queries:
             raise ValueError(
                 "recall_queries is 0, so that no recall is known to be above the floor: set floor to 0 too"
             )
+        if self.target_recall and not self.recall_queries:
+            raise ValueError("target_recall needs queries to measure recall with: raise recall_queries")
+        if self.target_recall and self.search_params:
+            raise ValueError("search_params are pinned, so that there is nothing to tune: leave target_recall out")
         return self
 
 

@@ -11,7 +11,7 @@ import numpy as np
 import ray
 
 from pipelines.index.measure import answer, score
-from pipelines.index.parts import Parts, Vectors, batches
+from pipelines.index.parts import Parts, Vectors, batches, part_of, require_finite
 from pipelines.index.recall import Top, empty_top, exact_in_batch, merge
 from pipelines.index.release import Coding, IndexShard, SideFile, load_index, sha256_of
 from pipelines.index.rerank import SideWriter
@@ -57,6 +57,7 @@ def fill(
         require_free_disk(Path(scratch), scratch_bytes)
         side = SideWriter(Path(scratch) / "side.npy", coding, parts.rows, parts.dim) if coding else None
         for first, batch in batches(store, parts):
+            require_finite(store, parts.path(part_of(parts, first)), batch)
             index.add_with_ids(batch, np.arange(first, first + len(batch)))
             if len(queries):
                 truth = merge([truth, exact_in_batch(queries, first, batch, k, metric)], k, metric)

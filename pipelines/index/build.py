@@ -20,14 +20,26 @@ from pipelines.config import IndexConfig
 from pipelines.contracts import Modality
 from pipelines.errors import ConfigError, VecmillError
 from pipelines.index.add import answer_task, fill_task, read_task, score_task
+from pipelines.index.chart import svg
 from pipelines.index.choose import holds_codes
-from pipelines.index.measure import CURVE_K, TIMED_QUERIES, Ask, Found, draw_samples, merged, require_whole, rerank_ms
+from pipelines.index.measure import (
+    CURVE_K,
+    TIMED_QUERIES,
+    Ask,
+    Found,
+    Samples,
+    draw_samples,
+    merged,
+    require_whole,
+    rerank_ms,
+)
 from pipelines.index.parts import BATCH_BYTES, Parts, Vectors, embeddings_folder, list_parts
 from pipelines.index.plan import Plan, make_plan
 from pipelines.index.publish import publish
 from pipelines.index.queries import Queries, caption_queries, split_sample
 from pipelines.index.recall import DEPTHS, Top, merge, without
 from pipelines.index.release import (
+    CHART,
     REPORT,
     Coding,
     CurvePoint,
@@ -49,7 +61,7 @@ from pipelines.index.report import markdown
 from pipelines.index.rerank import StoredVectors, learn_coding
 from pipelines.index.room import require_room
 from pipelines.index.train import train
-from pipelines.index.tune import apply, around, query_ms, tune
+from pipelines.index.tune import apply, around, least, query_ms, tune
 from pipelines.lease import held
 from pipelines.observe import Clock, peak_memory_mib
 from pipelines.record import read_record
@@ -199,7 +211,10 @@ class Build:
         with self.stage("add"):
             shards, truth = self.add(trained, queries, coding, progress)
         with self.stage("tune"):
-            tuned = self.tune(shards[0], queries)
+            params = self.settings.search_params
+            if self.settings.target_recall:
+                params = self.reaching(self.settings.target_recall, shards, queries, truth, coding, progress)
+            tuned = self.tune(shards[0], queries, params)
         with self.stage("recall"):
             measured = self.measure(shards, tuned, queries, truth, coding)
         release = Release(
@@ -224,6 +239,8 @@ class Build:
             **measured,
         )
         self.store.put_atomic(f"{self.folder}/{REPORT}", markdown(release).encode())
+        if release.curve:
+            self.store.put_atomic(f"{self.folder}/{CHART}", svg(release))
         return release
 
     def read(self, progress: Progress) -> tuple[Vectors, Queries]:
@@ -267,15 +284,46 @@ class Build:
         self.peak_mib["add"] = max(each.peak_mib for each in filled)
         return [each.shard for each in filled], merge([each.truth for each in filled], K + 1, self.settings.metric)
 
-    def tune(self, shard: IndexShard, queries: Queries) -> Tuned:
-        """Parameters for all index shards, tuned on the first, and milliseconds a query of all takes.
+    def reaching(
+        self,
+        target: float,
+        shards: list[IndexShard],
+        queries: Queries,
+        truth: Top,
+        coding: Coding | None,
+        progress: Progress,
+    ) -> str:
+        """The least parameters with which all index shards reach a recall@10, as search has it, of every kind of query.
+
+        No clock decides. The furthest there are, and a word of it, where none does.
+        """
+        truth, recalls = without(truth, queries.own), dict[str, float]()
+
+        def enough(several: list[str]) -> list[bool]:
+            asks = [Ask(params, CURVE_K * self.factor(coding) + 1) for params in several]
+            tops = self.ask(shards, asks, queries, Samples.none(self.plan.parts.dim), coding)
+            for params, found in zip(several, self.found(shards, queries, tops, coding), strict=True):
+                figures = found.reranked(truth, queries, [CURVE_K]) or found.figures(truth, queries, [CURVE_K])
+                recalls[params] = min(each[f"recall@{CURVE_K}"] for each in figures.values())
+            return [recalls[params] >= target for params in several]
+
+        chosen = least(self.plan.key, enough)
+        if recalls.get(chosen, 1.0) < target:
+            progress(
+                f"recall@10 is {recalls[chosen]:.3f} as far as a search can look ({chosen}): the target of {target:g} "
+                "takes a larger index.index_key or index.rerank_factor"
+            )
+        return chosen
+
+    def tune(self, shard: IndexShard, queries: Queries, known: str | None) -> Tuned:
+        """Parameters for all index shards, tuned on the first where none are known, and milliseconds a query takes.
 
         A search goes through the index shards one after the other, so that each has its rows' share
         of the target.
         """
         share = shard.rows / self.plan.parts.rows
         index = open_shard(self.store, self.folder, shard)
-        params = self.settings.search_params or tune(index, self.plan.key, self.settings.max_query_ms * share)
+        params = known if known is not None else tune(index, self.plan.key, self.settings.max_query_ms * share)
         others = around(self.plan.key, params) if self.settings.recall_queries else []
         times = {}
         for each in [*others, params]:
@@ -289,17 +337,10 @@ class Build:
         """The fields of the release that tell what it finds, and that its ids lead back."""
         measured = bool(self.settings.recall_queries)
         queries = queries if measured else queries.first(TIMED_QUERIES)
-        factor, metric = (self.settings.rerank_factor if coding else 1), self.settings.metric
+        factor = self.factor(coding)
         curve = [Ask(params, CURVE_K * factor + 1) for params in tuned.times] if measured else []
-        asks = [Ask(tuned.params, K * factor + 1), *curve]
         samples = draw_samples(self.store, self.plan.parts, self.settings.seed)
-        task = answer_task.options(memory=self.plan.task_bytes)
-        asked = ray.put(queries.vectors)
-        refs = [task.remote(self.store, self.folder, shard, asks, asked, samples, coding) for shard in shards]
-        answers = (
-            require_whole(self.store, self.folder, shard, get(ref)) for shard, ref in zip(shards, refs, strict=True)
-        )
-        tops = merged(answers, asks, metric, queries.own)
+        tops = self.ask(shards, [Ask(tuned.params, K * factor + 1), *curve], queries, samples, coding)
         return {
             "rerank": self.rerank(shards, queries, tops[0], coding) if coding else None,
             "round_trips": len(samples.ids),
@@ -316,11 +357,7 @@ class Build:
         coding: Coding | None,
     ) -> dict[str, Any]:
         """Recall and its curve, of what all index shards found: `tops` of the tuned parameters, then of the curve's."""
-        factor, metric = (self.settings.rerank_factor if coding else 1), self.settings.metric
-        truth = without(truth, queries.own)
-        scores = self.scores(shards, ray.put(queries.vectors), tops, coding) if coding else [None] * len(tops)
-        exact = all(shard.side and shard.side.exact for shard in shards) if coding else not holds_codes(self.plan.key)
-        found = [Found(top, score, metric, factor, exact) for top, score in zip(tops, scores, strict=True)]
+        truth, found = without(truth, queries.own), self.found(shards, queries, tops, coding)
         return {
             "recall": Recall(
                 queries={kind: len(vectors) for kind, vectors in queries.kinds.items()},
@@ -329,6 +366,27 @@ class Build:
             ),
             "curve": tuple(map(partial(curve_point, truth, queries), tuned.times.items(), found[1:])),
         }
+
+    def factor(self, coding: Coding | None) -> int:
+        return self.settings.rerank_factor if coding else 1
+
+    def ask(
+        self, shards: list[IndexShard], asks: list[Ask], queries: Queries, samples: Samples, coding: Coding | None
+    ) -> list[Top]:
+        """What all index shards together find, one an Ask, once each is known to hold the samples."""
+        task, asked = answer_task.options(memory=self.plan.task_bytes), ray.put(queries.vectors)
+        refs = [task.remote(self.store, self.folder, shard, asks, asked, samples, coding) for shard in shards]
+        answers = (
+            require_whole(self.store, self.folder, shard, get(ref)) for shard, ref in zip(shards, refs, strict=True)
+        )
+        return merged(answers, asks, self.settings.metric, queries.own)
+
+    def found(self, shards: list[IndexShard], queries: Queries, tops: list[Top], coding: Coding | None) -> list[Found]:
+        """The same with the scores of the stored vectors."""
+        scores = self.scores(shards, ray.put(queries.vectors), tops, coding) if coding else [None] * len(tops)
+        exact = all(shard.side and shard.side.exact for shard in shards) if coding else not holds_codes(self.plan.key)
+        metric, factor = self.settings.metric, self.factor(coding)
+        return [Found(top, score, metric, factor, exact) for top, score in zip(tops, scores, strict=True)]
 
     def scores(self, shards: list[IndexShard], asked: Any, tops: list[Top], coding: Coding) -> list[Vectors]:
         """Of each top's candidates by their stored vectors, NaN for none."""

@@ -18,6 +18,7 @@ from pipelines.storage import Store, is_whole_json
 
 FORMAT = 1
 MANIFEST, CLAIM, POINTER, REPORT = "manifest.json", "build.json", "CURRENT", "report.md"
+CHART = "curve.svg"
 PUBLISHED = "published"
 _VERSION = re.compile(r"v\d{4,}")
 
@@ -51,7 +52,8 @@ class IndexShard(BaseModel):
 
 
 class Recall(BaseModel):
-    """Share of the exact k nearest that the index's k first hold, by kind of query.
+    """What the index's k first hold, by kind of query: `recall@k` of the exact k nearest the share (k-recall@k),
+    `1-recall@k` in what share of queries the nearest.
 
     Queries are drawn over all parts and not trained on. An image query is itself in the index: its
     own id is taken out of both lists, so that finding itself earns nothing. reranked: of the k first of

@@ -14,7 +14,7 @@ from autofaiss.external.metadata import IndexMetadata
 from pipelines.config import IndexConfig
 from pipelines.errors import IndexBuildError
 from pipelines.index.choose import clusters, empty_index
-from pipelines.index.parts import Ids, Parts, Vectors, pick, take, vectors
+from pipelines.index.parts import Ids, Parts, Vectors, pick, require_finite, take, vectors
 from pipelines.storage import Store
 
 VECTORS_PER_CLUSTER = 100
@@ -94,6 +94,7 @@ def read_picked(store: Store, parts: Parts, positions: Sequence[Ids]) -> Vectors
         if len(wanted):
             column = take(store, parts.path(part), wanted, ["embedding"])["embedding"]
             found[filled : filled + len(wanted)] = vectors(column, parts.dim)
+            require_finite(store, parts.path(part), found[filled : filled + len(wanted)])
             filled += len(wanted)
     return found
 

@@ -108,7 +108,7 @@ def test_the_release_is_whole(output: Path, release: Release) -> None:
     assert not [path for path in (output / "staging").rglob("*") if path.is_file()]
     files = sorted(path.name for path in (output / release.folder).iterdir())
     shards = [f"shard-{at:04d}.{suffix}" for at in range(4) for suffix in ("faiss", "npy")]
-    assert files == ["build.json", "manifest.json", "report.md", *shards]
+    assert files == ["build.json", "curve.svg", "manifest.json", "report.md", *shards]
 
 
 def test_every_id_leads_back_to_its_key_and_vector(output: Path, release: Release) -> None:
@@ -190,8 +190,11 @@ def test_search_finds_a_vector_and_its_caption(output: Path, release: Release) -
 def test_no_step_holds_all_parts(ray_local: None, output: Path, tmp_path: Path) -> None:
     total = everything(output, "text")[1].nbytes
     store = Metered(str(output), log=str(tmp_path / "held"))
-    settings = SETTINGS.model_copy(update={"shards": 2, "train_vectors": 3_000, "recall_queries": 20})
-    build_index(store, ENCODER, "text", settings, force=True)
+    settings = SETTINGS.model_copy(
+        update={"shards": 2, "train_vectors": 3_000, "recall_queries": 20, "target_recall": 0.4}
+    )
+    built = build_index(store, ENCODER, "text", settings, force=True)
+    assert built.recall.reranked["text"]["recall@10"] >= 0.4
     Searcher(store, modality="text", exact=True).nearest(np.ones((2, DIM), np.float32), 10)
     store.note("searched")
     tracemalloc.stop()
