@@ -8,17 +8,26 @@ from tempfile import NamedTemporaryFile
 
 import typer
 
+from jobs.classify import classify
 from jobs.collect import collect, verify
+from jobs.compare import compare
 from jobs.console import err
 from jobs.demo import demo
+from jobs.duplicates import duplicates
 from jobs.embed import embed, plan
 from jobs.encoders import app as encoders
+from jobs.evaluate import evaluate
 from jobs.fit import fit
 from jobs.index import index
 from jobs.releases import publish, releases, rollback
+from jobs.remove import remove
 from jobs.search import search
 from jobs.signals import Stopped, received, stoppable
+from jobs.similarity import similarity
+from jobs.split import split
+from jobs.stats import stats
 from jobs.status import status
+from jobs.train import train
 from pipelines.errors import HeldError, VecmillError
 from pipelines.secrets import masked
 
@@ -30,7 +39,13 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-for verb in (plan, embed, index, releases, publish, rollback, search, fit, status, verify, collect, demo):
+VERBS = (
+    *(plan, embed, index, releases, publish, rollback, search, remove),
+    *(evaluate, similarity, compare, classify, duplicates),
+    *(train, split, stats),
+    *(fit, status, verify, collect, demo),
+)
+for verb in VERBS:
     app.command()(verb)
 app.add_typer(encoders, name="encoders")
 

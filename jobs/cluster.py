@@ -93,8 +93,11 @@ def quiet_start() -> Iterator[None]:
 
 
 def quiet_console() -> None:
-    """Ray Data's own lines, tracebacks of tasks among them, go to its log file alone; ours say what a user needs."""
+    """Ray's own lines, tracebacks of tasks among them, go to its log files alone; ours say what a user needs."""
     import ray.data
+
+    # Of its node's troubles it tells on stdout, among our results, and has no setting that stops it.
+    ray._private.worker.print_to_stdstream = lambda data, ignore_prefix: None
 
     logging.getLogger(ray.__name__).setLevel(logging.ERROR)
     for handler in logging.getLogger(ray.data.__name__).handlers:

@@ -19,6 +19,7 @@ from jobs.options import (
     named_output,
 )
 from pipelines.config import IndexConfig, validate
+from pipelines.errors import ConfigError
 from pipelines.observe import duration
 from pipelines.record import read_record
 from pipelines.storage import Store
@@ -31,7 +32,10 @@ IndexKey = Annotated[
 ]
 Metric = Annotated[str | None, typer.Option(help="ip (inner product) or l2.")]
 Shards = Annotated[int | None, typer.Option(help="Index shards, each filled by one task.")]
-Memory = Annotated[str | None, typer.Option("--max-index-memory", help="Memory budget of one index shard, as in 4G.")]
+Memory = Annotated[
+    str | None,
+    typer.Option("--shard-memory", help="In place of --shards: as many as keep each within so much memory, as in 4G."),
+]
 Latency = Annotated[float | None, typer.Option("--max-query-ms", help="Latency target of one query.")]
 Target = Annotated[
     float | None, typer.Option("--target-recall", help="recall@10, re-ranked, in place of a latency target.")
@@ -46,6 +50,16 @@ Floor = Annotated[
     float | None, typer.Option(help="recall@10, re-ranked, below which a release is not published; 0.9 if left out.")
 ]
 Seed = Annotated[int | None, typer.Option(help="Of the training sample and the queries.")]
+Update = Annotated[
+    bool,
+    typer.Option(
+        "--update", help="Add only the parts that the newest release lacks, with its training and search parameters."
+    ),
+]
+Merge = Annotated[
+    bool,
+    typer.Option("--merge", help="Then put merged.faiss beside the index shards, one file for stock faiss.read_index."),
+]
 Force = Annotated[bool, typer.Option("--force", help="Build again although nothing has changed.")]
 
 
@@ -56,7 +70,7 @@ def index(
     index_key: IndexKey = None,
     metric: Metric = None,
     shards: Shards = None,
-    max_index_memory: Memory = None,
+    shard_memory: Memory = None,
     max_query_ms: Latency = None,
     target_recall: Target = None,
     rerank: Rerank = None,
@@ -64,6 +78,8 @@ def index(
     seed: Seed = None,
     set: Set = None,
     address: Address = None,
+    update: Update = False,
+    merge: Merge = False,
     force: Force = False,
 ) -> None:
     """Train and fill a sharded FAISS index over an output's embeddings, measure its recall, and publish it.
@@ -71,52 +87,80 @@ def index(
     The exit code is 5 where the release is built but not published: its recall is below the floor, more items were
     rejected than the ceiling allows, or counts do not agree.
 
-    Example: vecmill index s3://bucket/emb --shards 8 --max-index-memory 4G
+    Example: vecmill index s3://bucket/emb --shards 8
+
+    Example: vecmill index s3://bucket/emb --update
+
+    Example: vecmill index s3://bucket/emb --index-key OPQ64_256,IVF65536_HNSW32,PQ64x8 --shard-memory 4G
     """
     from pipelines.index.build import build_index
+    from pipelines.index.grow import update_index
+    from pipelines.index.join import join
     from pipelines.index.publish import NotPublishedError
     from pipelines.search import choose_encoder
 
+    if shards and shard_memory:
+        raise ConfigError("--shards and --shard-memory both say how many index shards there are", "Give one of them.")
     named = named_output(output)
     folder = choose_encoder(named.store, encoder or named.encoder)
     flags = {
         "index_key": index_key,
         "metric": metric,
-        "shards": shards,
-        "max_index_memory": max_index_memory,
+        "shards": "auto" if shard_memory else shards,
+        "shard_memory": shard_memory,
         "max_query_ms": max_query_ms,
         "target_recall": target_recall,
         "rerank": rerank,
         "floor": floor,
         "seed": seed,
     }
+    if update and force:
+        raise ConfigError("--update keeps the training, --force does it again", "Give one of them.")
     settings = index_settings(named, flags, set)
     with connected(address or (named.recipe.cluster.address if named.recipe else None)):
         try:
-            release = build_index(
-                named.store, folder, modality, settings, lambda line: err.print(line, markup=False), force
-            )
+            if update:
+                release = update_index(named.store, folder, modality, update_settings(named, flags, set), tell)
+            else:
+                release = build_index(named.store, folder, modality, settings, tell, force)
         except NotPublishedError as barred:
             print_release(named.store, barred.release)
             raise
-    print_release(named.store, release)
+        print_release(named.store, release)
+        if merge:
+            join(named.store, release, tell)
+
+
+def tell(line: str) -> None:
+    err.print(line, markup=False)
 
 
 def index_settings(named: NamedOutput, flags: dict[str, Any], assignments: list[str] | None) -> IndexConfig:
     """The recipe's index section, else the one that the embed run recorded, with flags on top."""
     section = named.recipe.index.model_dump() if named.recipe else read_record(named.store).settings.get("index", {})
+    return validate(IndexConfig, {**section, **given_settings(flags, assignments)})
+
+
+def update_settings(named: NamedOutput, flags: dict[str, Any], assignments: list[str] | None) -> dict[str, Any]:
+    """What takes the place of the release's own settings: what the recipe names but for the count of index shards,
+    which is that of a whole build, and flags."""
+    section = named.recipe.index.model_dump(exclude_unset=True, exclude={"shards"}) if named.recipe else {}
+    return {**section, **given_settings(flags, assignments)}
+
+
+def given_settings(flags: dict[str, Any], assignments: list[str] | None) -> dict[str, Any]:
     given = {key.removeprefix("index."): value for key, value in assignments_of(assignments).items()}
-    chosen = {key: value for key, value in {**flags, **given}.items() if value is not None}
-    return validate(IndexConfig, {**section, **chosen})
+    return {key: value for key, value in {**flags, **given}.items() if value is not None}
 
 
 def print_release(store: Store, release: Release) -> None:
-    from pipelines.index.report import rows_of
+    from pipelines.index.report import drift_line, rows_of
 
     held = size(sum(file.bytes for file in release.files))
-    out.print(
-        f"{release.folder}: {release.parts.rows:,} vectors in {len(release.shards)} index shards, {held}", markup=False
-    )
+    vectors = f"{release.parts.standing:,} vectors"
+    out.print(f"{release.folder}: {vectors} in {len(release.shards)} index shards, {held}", markup=False)
+    if release.drift:
+        out.print(f"  drift   {drift_line(release.drift)}", markup=False)
     out.print(f"  key     {release.index_key}  {release.search_params}  ({release.metric})", markup=False)
     for kind, count in release.recall.queries.items():
         for how, figures, ms, each in rows_of(release, kind):

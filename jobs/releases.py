@@ -58,7 +58,7 @@ def facts_of(listed: Listed) -> dict[str, Any]:
         "version": listed.version,
         "state": listed.state,
         "made": release.made,
-        "vectors": release.parts.rows,
+        "vectors": release.parts.standing,
         "bytes": sum(file.bytes for file in release.files),
         "index_key": release.index_key,
         "search_params": release.search_params,

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from dataclasses import asdict
+from collections.abc import Sequence
+from dataclasses import asdict, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -12,9 +13,11 @@ from pydantic import TypeAdapter, ValidationError
 
 from jobs.console import err, out
 from jobs.options import AsJson, EncoderFolder, ModalityFlag, OutputArgument, named_output
+from pipelines.contracts import Modality
 from pipelines.errors import ConfigError, InputError
 
 if TYPE_CHECKING:
+    from pipelines.index.cache import Cache
     from pipelines.queries import Query
     from pipelines.search import Hit
 
@@ -22,10 +25,38 @@ GZIPPED = (".gz", ".tgz")
 
 Text = Annotated[str | None, typer.Option(help="Words to look for.")]
 ImageFlag = Annotated[str | None, typer.Option("--image", help="Image file (path or URI) to look for.")]
+NotText = Annotated[str | None, typer.Option("--not-text", help="Words to look away from, beside any of the others.")]
+Like = Annotated[
+    str | None, typer.Option("--like", metavar="KEY", help="A sample to look for more of; takes no encoder.")
+]
+LikeId = Annotated[int | None, typer.Option("--like-id", metavar="ID", help="The same by the id that --json prints.")]
+LikeModality = Annotated[
+    Modality | None, typer.Option("--like-modality", help="Which of the sample's vectors; as searched if left out.")
+]
 QueriesFile = Annotated[
     Path | None,
     typer.Option(
-        "--queries", help='Several: a JSONL file of {"text": …, "image": …}, or a text file of a query a line.'
+        "--queries",
+        help='Several: a JSONL file of {"text": …, "image": …, "not_text": …, "like": …, "like_id": …, '
+        '"text_weight": …, "not_weight": …}, any of them, or a text file of a query a line.',
+    ),
+]
+WhereFlag = Annotated[
+    str | None,
+    typer.Option(
+        "--where",
+        metavar="EXPR",
+        help="Only among samples of which this is true, as in \"label = 'cat' and width > 256\".",
+    ),
+]
+Offset = Annotated[int, typer.Option(min=0, help="Hits to pass over; they cost as much as those that are shown.")]
+Page = Annotated[int | None, typer.Option(min=1, help="Which k hits, from 1, in place of --offset.")]
+Fold = Annotated[
+    float | None,
+    typer.Option(
+        min=0,
+        max=1,
+        help="Fold hits under a better one of the same sample or bytes, or whose vector has this cosine to its own.",
     ),
 ]
 Exact = Annotated[bool, typer.Option("--exact", help="Compare with every vector; needs no index.")]
@@ -41,7 +72,15 @@ Rerank = Annotated[
     ),
 ]
 Count = Annotated[int, typer.Option("-k", min=1, help="Hits for each query.")]
-Weight = Annotated[float, typer.Option(min=0, max=1, help="Share of the text where a query has both.")]
+Weight = Annotated[float, typer.Option(min=0, max=1, help="Share of the text beside an image or example.")]
+NotWeight = Annotated[float, typer.Option(min=0, help="Weight of --not-text, beside 1 for what is looked for.")]
+CacheFlag = Annotated[
+    str,
+    typer.Option(
+        "--cache", metavar="DIR", help="Where files of an index in other storage are kept for the next search, or none."
+    ),
+]
+CacheSize = Annotated[str, typer.Option(help="Most that the cache may hold; what was used longest ago goes first.")]
 Version = Annotated[str | None, typer.Option(help="Release to search; the current one if left out.")]
 
 
@@ -49,42 +88,98 @@ def search(
     output: OutputArgument,
     text: Text = None,
     image: ImageFlag = None,
+    not_text: NotText = None,
+    like: Like = None,
+    like_id: LikeId = None,
+    like_modality: LikeModality = None,
     queries: QueriesFile = None,
     modality: ModalityFlag = "image",
     encoder: EncoderFolder = None,
+    where: WhereFlag = None,
+    k: Count = 10,
+    offset: Offset = 0,
+    page: Page = None,
+    fold: Fold = None,
     exact: Exact = False,
     metric: Metric = None,
     rerank: Rerank = None,
-    k: Count = 10,
     text_weight: Weight = 0.5,
+    not_weight: NotWeight = 0.5,
     release: Version = None,
+    cache: CacheFlag = "~/.cache/vecmill",
+    cache_size: CacheSize = "20G",
     as_json: AsJson = False,
 ) -> None:
-    """Find what is nearest to words, an image, or both.
+    """Find what is nearest to words, an image, a sample, or a mixture of them.
 
     Example: vecmill search s3://bucket/emb --text "a dog on a beach" -k 5
+
+    Example: vecmill search emb --image dog.jpg --text "in snow" --not-text "a person"
+
+    Example: vecmill search emb --like 00017/000042 --fold 0.97 --page 2
+
+    Example: vecmill search emb --text boats --where "width >= 512 and metadata.license = 'CC0'"
+
+    --where takes =, !=, <, <=, >, >=, in (…), like, contains, starts with, ends with, is null, and, or, not and
+    parentheses over the columns of samples/; `captions` is how many there are, `caption` the one that was found (of an
+    image, its first), metadata.KEY what the metadata has there. It reads these columns of the whole output first.
     """
-    from pipelines.queries import embed_queries, query_spec
+    from pipelines.index.filter import select
+    from pipelines.index.where import parse
+    from pipelines.like import examples
+    from pipelines.queries import Query, embed_queries, query_spec
     from pipelines.search import Searcher
 
-    asked = asked_queries(text, image, queries)
+    one = Query(text, image, not_text, like, like_id)
+    asked, condition = asked_queries(one, queries), parse(where) if where is not None else None
+    first = page_offset(offset, page, k)
     named = named_output(output)
     folder = encoder or named.encoder
-    searcher = Searcher(named.store, folder, modality, release, exact, metric, resident=False, rerank=rerank)
-    vectors = embed_queries(query_spec(named.store, searcher.encoder), asked, text_weight, searched=modality)
-    found = searcher.search(vectors, k, lambda line: err.print(line, markup=False))
+    searcher = Searcher(
+        named.store,
+        folder,
+        modality,
+        release,
+        exact,
+        metric,
+        resident=False,
+        rerank=rerank,
+        cache=cache_of(cache, cache_size),
+    )
+    spec = query_spec(named.store, searcher.encoder) if any(query.needs_encoder for query in asked) else None
+    alike = examples(searcher, asked, like_modality)
+    vectors = embed_queries(spec, asked, text_weight, searched=modality, examples=alike, not_weight=not_weight)
+    among = select(named.store, searcher.parts, condition, searcher.findable()) if condition else None
+    found = searcher.search(vectors, k, lambda line: err.print(line, markup=False), among, first, fold)
+    if among is not None and not as_json:
+        out.print(f"Among {among.total:,} of {searcher.parts.standing:,} vectors.", markup=False)
     for query, hits in zip(asked, found, strict=True):
-        print_hits(query, hits, as_json)
+        print_hits(query, hits, first, as_json)
 
 
-def asked_queries(text: str | None, image: str | None, file: Path | None) -> list[Query]:
-    from pipelines.queries import Query
+def cache_of(folder: str, size: str) -> Cache | None:
+    from pipelines.index.cache import Cache
+    from pipelines.index.choose import parse_bytes
 
-    asked = [Query(text, image)] if text or image else []
+    return None if folder == "none" else Cache(Path(folder).expanduser(), parse_bytes(size, "--cache-size"))
+
+
+def page_offset(offset: int, page: int | None, k: int) -> int:
+    if page is None:
+        return offset
+    if offset:
+        raise ConfigError("--page and --offset say the same", "Give one of them.")
+    return (page - 1) * k
+
+
+def asked_queries(one: Query, file: Path | None) -> list[Query]:
+    """Raises: ConfigError where there is none, or one that looks for nothing."""
+    given = (one.text or None, one.image or None, one.not_text or None, one.like, one.like_id)
+    asked = [one] if any(each is not None for each in given) else []
     if file:
         asked += [_query(line, file, number) for number, line in enumerate(_lines(file), 1) if line.strip()]
     if not asked:
-        raise ConfigError("There is nothing to search for", "Give --text, --image or --queries.")
+        raise ConfigError("There is nothing to search for", "Give --text, --image, --like or --queries.")
     return asked
 
 
@@ -103,23 +198,47 @@ def _query(line: str, file: Path, number: int) -> Query:
     try:
         return TypeAdapter(Query).validate_json(line)
     except ValidationError:
-        raise InputError(f'{file}, line {number}: {{"text": …, "image": …}} is expected, not {line[:80]}') from None
+        raise InputError(
+            f'{file}, line {number}: {{"text": …, "image": …}} is expected, not {line[:80]}',
+            f"Fields: {', '.join(field.name for field in fields(Query))}.",
+        ) from None
 
 
-def print_hits(query: Query, hits: list[Hit], as_json: bool) -> None:
+def print_hits(query: Query, hits: list[Hit], offset: int, as_json: bool) -> None:
     if as_json:
-        print(json.dumps({"query": asdict(query), "hits": [facts_of(hit) for hit in hits]}, ensure_ascii=False))
+        always = ("text", "image")
+        given = {name: value for name, value in asdict(query).items() if value is not None or name in always}
+        print(
+            json.dumps({"query": given, "offset": offset, "hits": [facts_of(hit) for hit in hits]}, ensure_ascii=False)
+        )
         return
-    out.print(" + ".join(filter(None, [query.text and f"“{query.text}”", query.image])), markup=False)
-    for rank, hit in enumerate(hits, 1):
+    out.print(words_of(query), markup=False)
+    for rank, hit in enumerate(hits, offset + 1):
         caption = hit.caption or next(iter(hit.captions), None) or ""
         out.print(f"  {rank:>3}  {hit.score:.4f}  {hit.key}  {caption[:80]}", markup=False)
         out.print(f"       {place_of(hit)}", markup=False, style="dim")
+        if hit.folded:
+            out.print(f"       and {len(hit.folded):,} like it: {listed(hit.folded)}", markup=False, style="dim")
+    if not hits:
+        out.print("  nothing" + (" more" if offset else ""), markup=False)
+
+
+def words_of(query: Query) -> str:
+    sought = [query.text and f"“{query.text}”", query.image, query.like and f"like {query.like}"]
+    sought.append(None if query.like_id is None else f"like id {query.like_id}")
+    return " + ".join(filter(None, sought)) + (f" − “{query.not_text}”" if query.not_text else "")
+
+
+def listed(hits: Sequence[Hit], shown: int = 3) -> str:
+    more = ", …" if len(hits) > shown else ""
+    return ", ".join(dict.fromkeys(hit.key for hit in hits[:shown])) + more
 
 
 def facts_of(hit: Hit) -> dict[str, Any]:
-    """All but the vector."""
-    return {name: value for name, value in vars(hit).items() if name != "vector"} | {"caption": hit.caption}
+    """All but the vector; of what is folded under it, enough to find it again."""
+    facts = {name: value for name, value in vars(hit).items() if name not in ("vector", "folded")}
+    folded = [{name: getattr(each, name) for name in ("id", "key", "caption_index", "score")} for each in hit.folded]
+    return {**facts, "caption": hit.caption, "folded": folded}
 
 
 def place_of(hit: Hit) -> str:

@@ -15,6 +15,7 @@ from pipelines.record import RunRecord, read_record
 from pipelines.secrets import MASK
 from pipelines.sources import plan_shards
 from pipelines.storage import Store
+from pipelines.takedowns import read_takedowns
 
 
 def status(output: OutputArgument, as_json: AsJson = False) -> None:
@@ -27,6 +28,9 @@ def status(output: OutputArgument, as_json: AsJson = False) -> None:
     if not record.encoders:
         raise InputError(f"{store.root} is not the output of an embed run: it has no run.json", "Check the path.")
     facts = {folder: _facts(store, record, folder, recipe) for folder in record.encoders}
+    known = read_takedowns(store)
+    taken_down = {"samples": known.samples(), "in_files": known.samples(waiting=True)}
+    facts = {folder: {**fact, "taken_down": taken_down} for folder, fact in facts.items()}
     if as_json:
         print(json.dumps(facts, indent=2))
         return
@@ -42,6 +46,12 @@ def status(output: OutputArgument, as_json: AsJson = False) -> None:
             )
         for reason, count in list(fact["rejects"].items())[:5]:
             out.print(f"  reject  {reason}: {count:,}", markup=False)
+    if taken_down["samples"]:
+        out.print(
+            f"{taken_down['samples']:,} samples were taken down; {taken_down['in_files']:,} wait for `vecmill remove "
+            f"--compact`",
+            markup=False,
+        )
 
 
 def _plan(store: Store, record: RunRecord, folder: str, recipe: RunConfig | None) -> Plan | None:

@@ -26,6 +26,7 @@ from pipelines.ledger import (
     staged,
 )
 from pipelines.storage import Store, is_temporary
+from pipelines.takedowns import FOLDER
 
 DATA = ("samples", "embeddings", "translations", "rejects")
 _PART = re.compile(r"part-(?P<stem>[^.]+\.[^.]+\.\d+)\.parquet")
@@ -47,7 +48,9 @@ def leftovers(store: Store) -> list[Leftover]:
     staging = [Leftover("staging", path, size) for path, size in store.sizes(STAGING)]
     named = {family: {ref.stem for ref in list_commits(store, family)} for family in _families(store)}
     found = [Leftover("orphan", path, size) for path, size in data if _is_orphan(path, named)]
-    found += [Leftover("orphan", *item) for top in (COMMITS, "reports") for item in store.sizes(top) if _is_torn(item)]
+    found += [
+        Leftover("orphan", *item) for top in (COMMITS, "reports", FOLDER) for item in store.sizes(top) if _is_torn(item)
+    ]
     found += [*staging, *_of_indexes(store)]
     found += [Leftover("retired", path, size) for path, size in store.sizes(RETIRED)]
     return found
@@ -60,11 +63,16 @@ def collect(store: Store, say: Say = lambda line: None) -> list[Leftover]:
     """
     with held(store, COLLECT, "collect", excludes=lambda other: True, say=say):
         before = leftovers(store)
-        _finish(store)
-        known = _commits(store)
-        store.delete(leftover.path for leftover in leftovers(store))
-        _withdraw(store, _commits(store) - known)
+        finish(store)
+        clear(store)
     return before
+
+
+def clear(store: Store) -> None:
+    """Deletes what nothing names, of runs that are dead: for whoever holds the lease that excludes all others."""
+    known = _commits(store)
+    store.delete(leftover.path for leftover in leftovers(store))
+    _withdraw(store, _commits(store) - known)
 
 
 def _withdraw(store: Store, committed: set[CommitRef]) -> None:
@@ -86,7 +94,7 @@ def totals(found: Iterable[Leftover]) -> dict[str, tuple[int, int]]:
     return {kind: (count, sizes[kind]) for kind, count in objects.items()}
 
 
-def _finish(store: Store) -> None:
+def finish(store: Store) -> None:
     """Retirements and placements that a run began; the latter lie in the staging of what is committed."""
     families = _families(store)
     for ref in make_plan(store, [], families).superseded:

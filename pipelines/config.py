@@ -43,7 +43,7 @@ def _as_list(value: Any) -> Any:
     return [part for part in value.split(",") if part] if isinstance(value, str) else value
 
 
-def _one_or_more(value: Any) -> Any:
+def one_or_more(value: Any) -> Any:
     return [value] if isinstance(value, str) else value
 
 
@@ -156,9 +156,12 @@ class WriteConfig(Section):
 class IndexConfig(Section):
     index_key: str | None = Field(None, description="FAISS factory string; unset: autofaiss chooses")
     metric: Literal["ip", "l2"] = "ip"
-    max_index_memory: str = Field("4G", description="memory budget of one index shard when loaded")
+    shard_memory: str = Field("4G", description="most memory that one index shard may take when loaded")
     max_query_ms: float = Field(10.0, gt=0, description="latency target of one query")
-    shards: PositiveInt | Auto = Field("auto", description="index shards; auto: one per 10 million vectors")
+    shards: PositiveInt | Auto = Field(
+        "auto",
+        description="index shards; auto: as many as index.shard_memory asks for, one per 10 million vectors at least",
+    )
     train_vectors: PositiveInt | Auto = Field("auto", description="vectors sampled for training; auto: 100 per cluster")
     target_recall: float | None = Field(
         None, gt=0, le=1, description="recall@10, re-ranked, to look just far enough for, in place of max_query_ms"
@@ -173,6 +176,9 @@ class IndexConfig(Section):
     rerank_factor: int = Field(10, ge=1, description="candidates re-scored for each hit asked for")
     floor: float = Field(
         0.9, ge=0, le=1, description="recall@10, re-ranked, below which a release is built and not published"
+    )
+    drift_warning: float = Field(
+        1.5, gt=0, description="error of new vectors over that of the old, above which an update says to train anew"
     )
     keep: int = Field(3, ge=1, description="releases older than the current one that publishing leaves")
     seed: int = Field(0, ge=0)
@@ -204,10 +210,10 @@ class ClusterConfig(Section):
 class RunConfig(Section):
     """Everything an `embed` run is told."""
 
-    input: Annotated[list[str], BeforeValidator(_one_or_more)] = Field(min_length=1)
+    input: Annotated[list[str], BeforeValidator(one_or_more)] = Field(min_length=1)
     output: str
-    encoder: Annotated[list[str], BeforeValidator(_one_or_more)] = Field(min_length=1)
-    name: Annotated[list[Alias] | None, BeforeValidator(_one_or_more)] = Field(
+    encoder: Annotated[list[str], BeforeValidator(one_or_more)] = Field(min_length=1)
+    name: Annotated[list[Alias] | None, BeforeValidator(one_or_more)] = Field(
         None, description="alias of the encoder's folder, of each where there are several"
     )
     format: Literal["auto", "tar", "parquet", "folder", "manifest"] = "auto"
@@ -247,6 +253,11 @@ class RunConfig(Section):
 
 
 def load_config(path: str | Path | None, overrides: Mapping[str, Any] | None = None) -> RunConfig:
+    """The settings of an embed run's recipe: `load_settings` of a RunConfig."""
+    return load_settings(RunConfig, path, overrides)
+
+
+def load_settings(section: type[S], path: str | Path | None, overrides: Mapping[str, Any] | None = None) -> S:
     """The settings of a recipe with dotted `overrides` (`{"encode.precision": "bf16"}`) on top.
 
     Values of None are not overrides. Raises: ConfigError with the key's path, the value and what is
@@ -256,7 +267,7 @@ def load_config(path: str | Path | None, overrides: Mapping[str, Any] | None = N
     for dotted, value in (overrides or {}).items():
         if value is not None:
             _set(settings, dotted.split("."), value)
-    return validate(RunConfig, settings)
+    return validate(section, settings)
 
 
 def validate(section: type[S], settings: Mapping[str, Any]) -> S:

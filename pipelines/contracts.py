@@ -106,7 +106,8 @@ REJECT_ITEM = pa.struct(
 # Carried by every row through every operator. The last row of a shard is its end mark: `end` is
 # true and `row` is the number of rows, so that a shard that is empty or all rejects completes too.
 # From decoding on, each encoder of the run has rows of its own, named by its folder, and `families` are those
-# that this row is written to.
+# that this row is written to. A row without a key, but for the end mark, is a sample that was taken down: it is
+# counted, and nothing of it is kept.
 _PLACE = [
     pa.field("shard", pa.string()),
     pa.field("shard_uri", pa.string()),

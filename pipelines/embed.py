@@ -42,7 +42,7 @@ def pipeline(run: Prepared, observe: Observe) -> Any:
     Decode and encode ask for different resources, else Ray would fuse decoding into the encode actor.
     """
     config = run.config
-    source = ShardSource(run.plan.pending, config.read, Store(options=config.storage), observe)
+    source = ShardSource(run.plan.pending, config.read, Store(options=config.storage), observe, run.store)
     rows = ray.data.read_datasource(source, override_num_blocks=len(run.plan.pending))
     if run.translation and run.pending:
         rows = translated(rows, config, run.translation, observe)

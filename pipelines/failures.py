@@ -99,4 +99,6 @@ def _left(pending: Callable[[], list[Work]]) -> str:
 
 
 def _lines(error: BaseException) -> list[str]:
+    """Of what a task raised, without the task's traceback."""
+    error = getattr(error, "cause", None) or error
     return [line.strip() for line in str(error).strip().splitlines()] or [type(error).__name__]

@@ -47,7 +47,7 @@ class Family(Protocol):
         ...
 
     def counts(self, rows: pa.Table) -> dict[str, Counts]:
-        """Items that came in, by modality, and those absent."""
+        """Items that came in, by modality, those removed, and those absent."""
         ...
 
 
@@ -67,7 +67,7 @@ class SamplesFamily:
         return {SAMPLES_FAMILY: SAMPLES_PART}
 
     def parts(self, shard: str, rows: pa.Table) -> Tables:
-        return {SAMPLES_FAMILY: _with_shard(shard, rows).select(SAMPLES_PART.names).cast(SAMPLES_PART)}
+        return {SAMPLES_FAMILY: _with_shard(shard, standing(rows)).select(SAMPLES_PART.names).cast(SAMPLES_PART)}
 
     def counts(self, rows: pa.Table) -> dict[str, Counts]:
         return {}
@@ -89,7 +89,7 @@ class EncoderFamily:
     @property
     def columns(self) -> list[str]:
         made = [_COLUMNS[modality] for modality in self.vectors]
-        return ["row", "key", "has_image", "captions", "translations", "rejects", *made]
+        return ["row", "key", "sha256", "has_image", "captions", "translations", "rejects", *made]
 
     @property
     def schemas(self) -> dict[str, pa.Schema]:
@@ -104,6 +104,7 @@ class EncoderFamily:
         return embedding_part(modality, self.vectors[modality], self.dtype)
 
     def parts(self, shard: str, rows: pa.Table) -> Tables:
+        rows = standing(rows)
         tables: Tables = {f"rejects/{self.name}": self._rejects(shard, rows)}
         for modality in self.vectors:
             columns = self._texts(rows) if modality == "text" else self._rows(rows, modality)
@@ -153,16 +154,25 @@ class EncoderFamily:
             "text": lengths,
             "multimodal": pc.and_(rows["has_image"], pc.greater(lengths, 0)).cast(pa.int32()),
         }
-        return {modality: _counts(items[modality]) for modality in self.vectors}
+        removed = pc.is_null(rows["key"])
+        return {modality: _counts(items[modality], removed) for modality in self.vectors}
 
 
 _COLUMNS: dict[Modality, str] = {"image": "image_vector", "text": "text_vectors", "multimodal": "multimodal_vector"}
 
 
-def _counts(items: pa.ChunkedArray) -> Counts:
-    """items: how many each row has."""
-    absent = pc.sum(pc.equal(items, 0), min_count=0).as_py()
-    return Counts(items=pc.sum(items, min_count=0).as_py(), absent=absent)
+def standing(rows: pa.Table) -> pa.Table:
+    """Without those of samples that were taken down."""
+    return rows.filter(pc.is_valid(rows["key"]))
+
+
+def _counts(items: pa.ChunkedArray, removed: pa.ChunkedArray) -> Counts:
+    """items: how many each row has. removed: whether it was taken down."""
+    return Counts(items=_sum(items), removed=_sum(items.filter(removed)), absent=_sum(pc.equal(items, 0)))
+
+
+def _sum(numbers: pa.ChunkedArray) -> int:
+    return int(pc.sum(numbers, min_count=0).as_py())
 
 
 def _as(schema: pa.Schema, table: pa.Table) -> pa.Table:

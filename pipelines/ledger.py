@@ -46,7 +46,11 @@ class Counts(BaseModel):
 
 
 class Commit(BaseModel):
-    """That a family of a shard's version is done. attempt: who made it; reasons: rejects by reason."""
+    """That a family of a shard's version is done.
+
+    attempt: who made it. rows: of the shard; removed: those of them that are not in its parts because they were taken
+    down. reasons: rejects by reason.
+    """
 
     family: str
     shard: str
@@ -56,6 +60,7 @@ class Commit(BaseModel):
     fingerprint: str
     attempt: str
     rows: int
+    removed: int = 0
     parts: list[Part]
     counts: dict[str, Counts]
     reasons: dict[str, int] = {}
@@ -135,6 +140,13 @@ def list_commits(store: Store, family: str, top: str = COMMITS) -> Iterator[Comm
             yield ref
 
 
+def standing_commits(store: Store, family: str) -> list[CommitRef]:
+    """The highest generation of each shard's version, but for those that are being retired."""
+    retired = set(list_commits(store, family, RETIRED))
+    refs = sorted(set(list_commits(store, family)) - retired, key=lambda ref: ref.generation)
+    return sorted({(ref.shard, ref.version): ref for ref in refs}.values())
+
+
 def read_commit(store: Store, ref: CommitRef, listed: bool = False) -> Commit:
     """listed: it is known to be there. Raises: FileNotFoundError; LedgerError where it is not a commit."""
     return _parse(store.read(ref.path, is_whole_json, listed), store.uri(ref.path))
@@ -212,21 +224,21 @@ def _sort_out(
 
     committed: the shards and versions that older ones give way to.
     """
-    objects = {_object_of(shard) for shard in versions}
+    objects = {object_of(shard) for shard in versions}
     for (shard, version), ref in standing.items():
         current = versions.get(shard)
         if current == version:
             if f"{shard}.{version}" in in_staging:
                 plan.unplaced.append(ref)
         elif current is None:
-            (plan.recut if _object_of(shard) in objects else plan.vanished).append(ref)
+            (plan.recut if object_of(shard) in objects else plan.vanished).append(ref)
         elif (shard, current) in committed:
             plan.superseded.append(ref)
         else:
             plan.changed[shard].append(ref)
 
 
-def _object_of(shard: str) -> str:
+def object_of(shard: str) -> str:
     """A shard's id without its piece: two pieces of one object, cut differently, share it."""
     head, _, piece = shard.rpartition("-")
     return head if piece[:1] in ("p", "s") and piece[1:5].isdigit() else shard

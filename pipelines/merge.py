@@ -20,6 +20,7 @@ from pipelines.fragments import Fragment, cut, pick, shard_rows
 from pipelines.ledger import Commit, CommitRef, Counts, Part
 from pipelines.secrets import without_credentials
 from pipelines.storage import Store, scratch_folder
+from pipelines.takedowns import read_takedowns
 
 _FRAGMENTS_IN_MEMORY = 16
 _FRAGMENT_OPTIONS = pa.ipc.IpcWriteOptions(compression="lz4")
@@ -46,7 +47,8 @@ def list_fragments(store: Store, staging: str) -> list[Fragment]:
 def merge(
     store: Store, family: Family, ref: CommitRef, uri: str, staging: str, fragments: list[Fragment], write: WriteConfig
 ) -> Commit:
-    """A commit, not yet put, whose parts lie under `staging/<attempt>/`.
+    """A commit, not yet put, whose parts lie under `staging/<attempt>/`. What was taken down since the fragments were
+    put is left out.
 
     Raises: FileNotFoundError where a fragment has gone, because another attempt has committed;
     LedgerError where items in and items out do not agree.
@@ -54,9 +56,12 @@ def merge(
     attempt = uuid.uuid4().hex
     counts: dict[str, Counts] = defaultdict(Counts)
     reasons: Counter[str] = Counter()
+    removed, taken_down = 0, read_takedowns(store).of_shard(ref.shard, ref.version)
     with scratch_folder() as folder:
-        parts = _Parts(family, Path(folder), write)
-        for rows in _rows_in_order(store, staging, fragments):
+        parts = PartFiles(family.schemas, Path(folder), write)
+        for each in _rows_in_order(store, staging, fragments):
+            rows = taken_down.masked(each)
+            removed += rows["key"].null_count
             tables = family.parts(ref.shard, rows)
             parts.add(tables)
             for modality, counted in family.counts(rows).items():
@@ -72,6 +77,7 @@ def merge(
         fingerprint=family.fingerprint,
         attempt=attempt,
         rows=number_of_rows,
+        removed=removed,
         parts=placed,
         counts=dict(counts),
         reasons=dict(reasons),
@@ -121,18 +127,18 @@ def _rows_in_order(store: Store, staging: str, fragments: list[Fragment]) -> Ite
         yield table.slice(int(table["row"].to_numpy().searchsorted(start)), stop - start)
 
 
-class _Parts:
+class PartFiles:
     """The Parquet files of one shard while they are written, in a folder on local disk."""
 
-    def __init__(self, family: Family, folder: Path, write: WriteConfig) -> None:
+    def __init__(self, schemas: dict[str, pa.Schema], folder: Path, write: WriteConfig) -> None:
         self._folder, self._write = folder, write
         self._writers = {
             dataset: self._writer(dataset, position, schema)
-            for position, (dataset, schema) in enumerate(family.schemas.items())
+            for position, (dataset, schema) in enumerate(schemas.items())
         }
         self._waiting: dict[str, list[pa.Table]] = defaultdict(list)
         self._rows: Counter[str] = Counter()
-        self._files = {dataset: self._file(position) for position, dataset in enumerate(family.schemas)}
+        self._files = {dataset: self._file(position) for position, dataset in enumerate(schemas)}
 
     def _file(self, position: int) -> Path:
         return self._folder / f"{position}.part"

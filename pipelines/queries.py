@@ -22,6 +22,8 @@ from pipelines.index.parts import Vectors
 from pipelines.record import read_record, require_same
 from pipelines.storage import Store
 
+_NOTHING = 1e-6
+
 
 def query_spec(store: Store, encoder: str) -> EncoderSpec:
     """The encoder that made embeddings/<encoder>, found again by its name.
@@ -53,33 +55,101 @@ def as_query(spec: EncoderSpec) -> EncoderSpec:
 
 @dataclass(frozen=True)
 class Query:
-    """A text, an image, or both. image: path or URI of a file."""
+    """What to look for: any of a text, an image and an example, and what to look away from.
+
+    image: path or URI of a file. like: key of a sample, like_id: an item's id, whose stored vector it is. text_weight:
+    share of the text beside an image or example. not_weight: of `not_text`, beside 1 for all the rest.
+    """
 
     __pydantic_config__ = ConfigDict(extra="forbid")
 
     text: str | None = None
     image: str | None = None
+    not_text: str | None = None
+    like: str | None = None
+    like_id: int | None = None
+    text_weight: float | None = None
+    not_weight: float | None = None
+
+    @property
+    def needs_encoder(self) -> bool:
+        return bool(self.text or self.image or self.not_text)
 
 
 def embed_queries(
-    spec: EncoderSpec,
+    spec: EncoderSpec | None,
     queries: Sequence[Query],
     text_weight: float = 0.5,
     device: str = "cpu",
     batch_size: int = 16,
     searched: Modality = "image",
+    examples: Sequence[Vectors | None] | None = None,
+    not_weight: float = 0.5,
 ) -> Vectors:
     """float32 [q, dim], by the run's own decode and encode steps; [q, count, dim] where they have several vectors.
 
-    Of a query with both, text_weight · text + (1 - text_weight) · image, each of unit length first; among
-    multimodal vectors, that of the two together. fp16 models run in fp32 on a CPU, which has no fast half precision.
-    searched: the modality that they are to be compared with.
+    Of a query with a text and an image or example, text_weight · text + (1 - text_weight) · the other, less
+    not_weight · not_text, each of unit length first; a text and an image are, among multimodal vectors, that of the
+    two together. A query of one thing is its vector as it is. fp16 models run in fp32 on a CPU, which has no fast half
+    precision. spec: None where no query needs one. searched: the modality that they are to be compared with.
+    examples: of each query the stored vector it is like.
     Raises: InputError for a query that cannot be read, ConfigError for one that the encoder has no tower for, or
     whose vector cannot be compared with those searched.
     """
+    examples = examples or [None] * len(queries)
+    _require_asked(queries, examples)
+    weights = [_Weights.of(query, text_weight, not_weight) for query in queries]
+    asked = [query for query in queries if query.text or query.image]
+    denied = [Query(text=query.not_text) for query in queries if query.not_text]
+    embedded = iter(_embedded(spec, [*asked, *denied], device, batch_size, searched) if spec else [])
+    given = [next(embedded) if query.text or query.image else {} for query in queries]
+    away = [next(embedded)["text"] if query.not_text else None for query in queries]
+    return np.stack([_combined(*each) for each in zip(queries, given, examples, away, weights, strict=True)])
+
+
+@dataclass(frozen=True)
+class _Weights:
+    text: float
+    away: float
+
+    @classmethod
+    def of(cls, query: Query, text: float, away: float) -> _Weights:
+        return cls(
+            text if query.text_weight is None else query.text_weight,
+            away if query.not_weight is None else query.not_weight,
+        )
+
+
+def _combined(
+    query: Query, given: dict[Modality, Vectors], example: Vectors | None, away: Vectors | None, weights: _Weights
+) -> Vectors:
+    others = [vector for modality, vector in given.items() if modality != "text"]
+    others += [example] if example is not None else []
+    texts = [given["text"]] if "text" in given else []
+    if len(texts) + len(others) == 1 and away is None:
+        return (texts + others)[0]
+    if len({vector.shape for vector in [*texts, *others, *([away] if away is not None else [])]}) > 1:
+        raise ConfigError("Vectors of different numbers or dimensions cannot be mixed", "Ask with one.")
+    share = weights.text if others else 1.0
+    total = sum((share * _unit(text) for text in texts), np.float32(0))
+    total = total + sum(((1 - share if texts else 1.0) * _unit(other) for other in others), np.float32(0))
+    total = total - (weights.away * _unit(away) if away is not None else 0)
+    if np.linalg.norm(total) < _NOTHING:
+        raise InputError(
+            f"What the query {query.text or query.like or query.image!r} looks for and away from cancel out"
+        )
+    return _unit(np.asarray(total, np.float32))
+
+
+def _embedded(
+    spec: EncoderSpec, queries: Sequence[Query], device: str, batch_size: int, searched: Modality
+) -> list[dict[Modality, Vectors]]:
+    """The vectors of each query's text and image, by modality."""
+    if not queries:
+        return []
     kinds = [_kinds(query, searched) for query in queries]
     modalities = [modality for modality in MODALITIES if any(modality in kind for kind in kinds)]
-    _require_towers(spec, queries, modalities)
+    _require_towers(spec, modalities)
     _require_comparable(spec, kinds, searched)
     _require_unicode(queries)
     if device == "cpu" and spec.precision == "fp16":
@@ -89,10 +159,7 @@ def embed_queries(
     samples = _as_samples(queries, Store(options=spec.options))
     pixels = decode_batch(samples, spec, DecodeConfig(max_aspect=spec.max_aspect), modalities)
     encoded = Encode([target], settings, device)(pixels).to_pylist()
-    vectors = [
-        _vector(query, kind, row, spec, text_weight) for query, kind, row in zip(queries, kinds, encoded, strict=True)
-    ]
-    return np.stack(vectors)
+    return [_vectors(query, kind, row, spec) for query, kind, row in zip(queries, kinds, encoded, strict=True)]
 
 
 def _kinds(query: Query, searched: Modality) -> list[Modality]:
@@ -103,11 +170,17 @@ def _kinds(query: Query, searched: Modality) -> list[Modality]:
     return [*given, "text"] if query.text else given
 
 
-def _require_towers(spec: EncoderSpec, queries: Sequence[Query], modalities: Sequence[Modality]) -> None:
+def _require_towers(spec: EncoderSpec, modalities: Sequence[Modality]) -> None:
     if lacking := [modality for modality in modalities if modality not in spec.modalities]:
         raise ConfigError(f"{spec.name} embeds {', '.join(spec.modalities)}, not {lacking[0]}", "Ask with the other.")
-    if not all(query.text or query.image for query in queries) or not queries:
-        raise ConfigError("A query has neither text nor image", "Give --text, --image or both.")
+
+
+def _require_asked(queries: Sequence[Query], examples: Sequence[Vectors | None]) -> None:
+    given = [query.text or query.image or example is not None for query, example in zip(queries, examples, strict=True)]
+    if not given or not all(given):
+        raise ConfigError(
+            "A query has neither text nor image nor what it is like", "Give --text, --image or --like; --not-text too."
+        )
 
 
 def _require_comparable(spec: EncoderSpec, kinds: Sequence[Sequence[Modality]], searched: Modality) -> None:
@@ -158,20 +231,16 @@ def _image_bytes(store: Store, path: str) -> bytes:
         raise InputError(f"The query image {path} cannot be read: {error}", "Check the path.") from None
 
 
-def _vector(
-    query: Query, kinds: Sequence[Modality], row: dict[str, Any], spec: EncoderSpec, text_weight: float
-) -> Vectors:
+def _vectors(
+    query: Query, kinds: Sequence[Modality], row: dict[str, Any], spec: EncoderSpec
+) -> dict[Modality, Vectors]:
     if row["rejects"]:
         reject = row["rejects"][0]
         what = query.text if reject["modality"] == "text" else query.image
         raise InputError(
             f"The query {what!r} cannot be embedded: {reject['reason']} {reject['detail']}", "Try another."
         )
-    vectors = [_of(row, modality, spec.vectors[modality]) for modality in kinds]
-    if len(vectors) == 1:
-        return vectors[0]
-    image, text = vectors
-    return _unit(text_weight * _unit(text) + (1 - text_weight) * _unit(image))
+    return {modality: _of(row, modality, spec.vectors[modality]) for modality in kinds}
 
 
 def _of(row: dict[str, Any], modality: Modality, vectors: VectorSpec) -> Vectors:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Callable, Iterator
 from dataclasses import asdict
@@ -18,14 +19,26 @@ from pipelines.contracts import SAMPLE, Sample
 from pipelines.ledger import Work
 from pipelines.observe import Clock, Observe, nowhere, peak_memory_mib
 from pipelines.storage import Store
+from pipelines.takedowns import Marks, OfShard, read_takedowns
 
 
 class ShardSource(Datasource):
-    """Samples of shards that still lack a family; the last row of each shard is its end mark."""
+    """Samples of shards that still lack a family; the last row of each shard is its end mark.
 
-    def __init__(self, pending: list[Work], settings: ReadConfig, store: Store, observe: Observe = nowhere) -> None:
+    output: whose takedowns hold for what is read, as they are when a task begins.
+    """
+
+    def __init__(
+        self,
+        pending: list[Work],
+        settings: ReadConfig,
+        store: Store,
+        observe: Observe = nowhere,
+        output: Store | None = None,
+    ) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self._pending, self._settings, self._store, self._observe = pending, settings, store, observe
+        self._output = output
 
     def get_name(self) -> str:
         return "ReadShards"
@@ -40,23 +53,27 @@ class ShardSource(Datasource):
         return [ReadTask(self._task(work), _metadata(work), SAMPLE) for work in self._pending]
 
     def _task(self, work: Work) -> Callable[[], Iterator[pa.Table]]:
-        settings, store, observe = self._settings, self._store, self._observe
-        return lambda: read_shard(work, settings, store, observe)
+        settings, store, observe, output = self._settings, self._store, self._observe, self._output
+        return lambda: read_shard(work, settings, store, observe, output)
 
 
 def _metadata(work: Work) -> BlockMetadata:
     return BlockMetadata(num_rows=None, size_bytes=work.shard.bytes, input_files=(work.shard.uri,), exec_stats=None)
 
 
-def read_shard(work: Work, settings: ReadConfig, store: Store, observe: Observe = nowhere) -> Iterator[pa.Table]:
+def read_shard(
+    work: Work, settings: ReadConfig, store: Store, observe: Observe = nowhere, output: Store | None = None
+) -> Iterator[pa.Table]:
     """Blocks of schema SAMPLE. The same shard is cut at the same rows every time: Ray may run the task
-    again and use the blocks of both."""
+    again and use the blocks of both. Of a sample that the output has removed, only that it was there is read."""
     clock = Clock()
+    removed = read_takedowns(output).of_shard(work.shard.id, work.shard.version) if output else None
     numbered = _timed(enumerate(sources.samples(work.shard, settings, store)), clock)
     block: list[dict[str, Any]] = []
     size, rows = 0, 0
     for row, sample in numbered:
-        block.append(_record(work, row, sample))
+        is_removed = removed is not None and _catches(removed, row, sample)
+        block.append(_removed(work, row, sample) if is_removed else _record(work, row, sample))
         size += _bytes_of(block[-1])
         rows = row + 1
         if len(block) >= settings.rows_per_block or size >= settings.block_mib * 2**20:
@@ -70,8 +87,8 @@ def read_shard(work: Work, settings: ReadConfig, store: Store, observe: Observe 
 
 def _bytes_of(record: dict[str, Any]) -> int:
     """What grows without a bound of its own: metadata may be larger than the image."""
-    texts = (record["metadata"], *filter(None, record["captions"]))
-    return len(record["image"] or b"") + sum(len(text.encode()) for text in texts)
+    texts = filter(None, (record.get("metadata"), *record["captions"]))
+    return len(record.get("image") or b"") + sum(len(text.encode()) for text in texts)
 
 
 def _timed(samples: Iterator[tuple[int, Sample]], clock: Clock) -> Iterator[tuple[int, Sample]]:
@@ -81,6 +98,20 @@ def _timed(samples: Iterator[tuple[int, Sample]], clock: Clock) -> Iterator[tupl
         if item is None:
             return
         yield item
+
+
+def _catches(removed: OfShard, row: int, sample: Sample) -> bool:
+    def content(marks: Marks) -> bytes | None:
+        digest = None if sample.image is None else hashlib.sha256(sample.image).hexdigest()
+        return marks.content(digest, sample.captions)
+
+    return removed.catches(row, sample.key, content)
+
+
+def _removed(work: Work, row: int, sample: Sample) -> dict[str, Any]:
+    """That the sample was there, for the counts, and nothing of what it was."""
+    captions = [None] * len(sample.captions)
+    return {**_place(work, row, False), "captions": captions, "has_image": sample.has_image, "rejects": []}
 
 
 def _place(work: Work, row: int, end: bool) -> dict[str, Any]:

@@ -2,32 +2,44 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from functools import partial
+from math import ceil
 
 import numpy as np
 
 from pipelines.contracts import Modality
 from pipelines.errors import ConfigError, InputError
-from pipelines.index.parts import Parts, Vectors, batches, embeddings_folder, list_parts
-from pipelines.index.probe import ask, open_with, probe
-from pipelines.index.recall import EXACT_METRICS, Top, exact, exact_of_several, merge
-from pipelines.index.release import Release, latest_or_none, read_release
-from pipelines.index.rerank import candidates, stored_vectors
-from pipelines.index.rerank import rerank as reranked
+from pipelines.fold import fold as fold_hits
+from pipelines.index.cache import Cache
+from pipelines.index.parts import Parts, Vectors, batches, embeddings_folder, list_grown, list_parts
+from pipelines.index.probe import Opening, ask_shard, probe
+from pipelines.index.recall import EXACT_METRICS, Top, exact, exact_of_several, merge, with_ties
+from pipelines.index.release import IndexShard, Release, latest_or_none, read_release
+from pipelines.index.removed import not_removed
+from pipelines.index.rerank import candidates, rerank_in_blocks, stored_vectors
+from pipelines.index.selection import Selection, both, standing
 from pipelines.index.trace import Origin, trace_standing
 from pipelines.record import FILE, read_record
 from pipelines.storage import Store
+from pipelines.takedowns import read_takedowns
 
-Probe = Callable[[Vectors, int], Top]
+LOOK_EVERY_S = 5.0
+Warn = Callable[[str], None]
+Probe = Callable[[Vectors, int, Selection | None], Top]
 
 
 @dataclass(frozen=True)
 class Hit(Origin):
-    """One item found, and where it comes from. score: inner product, cosine, squared L2 or L1 distance."""
+    """One item found, and where it comes from.
+
+    score: inner product, cosine, squared L2 or L1 distance. folded: hits that repeat this one, best first.
+    """
 
     score: float
+    folded: tuple[Hit, ...] = ()
 
 
 class Searcher:
@@ -37,9 +49,12 @@ class Searcher:
     version, else the current one. exact: compares every vector there is now (with a release, every
     vector it was made of) with the query, a batch at a time, and needs no index; `metric` says how, by
     ip, l2, cosine or l1, the release's or else ip where left out. params: FAISS search parameters in place of the
-    release's. resident: holds every index shard from the start; else a search opens one after the other, with
-    memory for one. rerank: for each hit so many candidates are scored again with their stored vectors, 0 for none;
-    where left out, as many as the release was measured with, if it has stored vectors.
+    release's. resident: holds every index shard open from the start; else a search opens one after the other. Local
+    ones are mapped, others read into memory, or, given a cache, fetched there and mapped.
+    rerank: for each hit so many candidates are scored again with their stored vectors, 0 for none;
+    where left out, as many as the release was measured with, if it has stored vectors. among: says of the parts
+    that are searched which of their ids may ever be found; all, where it is left out or says None. What was taken
+    down is never found.
     Raises: ConfigError for an encoder that is not there, IndexBuildError for an index that is not.
     """
 
@@ -54,6 +69,8 @@ class Searcher:
         params: str | None = None,
         resident: bool = True,
         rerank: int | None = None,
+        among: Callable[[Parts], Selection | None] = lambda parts: None,
+        cache: Cache | None = None,
     ) -> None:
         require_fitting(exact, metric, rerank)
         self.store, self.modality, self.exact = store, modality, exact
@@ -61,10 +78,17 @@ class Searcher:
         self.release = self._release(release)
         self.metric = metric or (self.release.metric if self.release else "ip")
         self.parts = self.release.parts if self.release and (release or not exact) else self._parts_now()
+        self.among = both(among(self.parts), standing(self.parts))
+        self._takedowns = read_takedowns(store)
+        self._standing, self._looked = not_removed(store, self.parts, self._takedowns), time.monotonic()
         searched = None if exact else self.release
         self.rerank = rerank_factor(searched, rerank)
-        self._stored = stored_vectors(store, searched) if searched and self.rerank else None
-        self._probes = shard_probes(store, searched, params, resident) if searched else []
+        self._stored = stored_vectors(store, searched, cache) if searched and self.rerank else None
+        self._probes: list[Probe] = []
+        if searched:
+            params = searched.search_params if params is None else params
+            opening = Opening(store, searched.folder, searched.index_key, params, cache)
+            self._probes = shard_probes(opening, searched.shards, resident)
 
     def _release(self, version: str | None) -> Release | None:
         if self.exact and version is None:
@@ -72,16 +96,28 @@ class Searcher:
         return read_release(self.store, self.encoder, self.modality, version)
 
     def _parts_now(self) -> Parts:
-        """In the release's order as far as its parts are still there, so that ids are the same."""
-        before = [part.name for part in self.release.parts.ranges] if self.release else []
-        return list_parts(self.store, embeddings_folder(self.encoder, self.modality), before)
+        """The release's, so that ids are the same, less those that are gone, and what has come since."""
+        if self.release:
+            return list_grown(self.store, self.release.parts)
+        return list_parts(self.store, embeddings_folder(self.encoder, self.modality))
 
-    def nearest(self, queries: Vectors, k: int) -> Top:
-        """Ids and scores of the k nearest of each query, float32 [q, dim], best first.
+    def nearest(self, queries: Vectors, k: int, among: Selection | None = None, blocks: int = 1) -> Top:
+        """Ids and scores of the k nearest of each query, float32 [q, dim], best first; fewer where there are fewer.
 
-        Where items have several vectors, queries may have too, [q, several, dim].
+        Where items have several vectors, queries may have too, [q, several, dim]. among: what may be found, of
+        that which may be at all. blocks: so many times k, in an order in which the first k are those of one block.
         """
         queries = np.ascontiguousarray(queries, np.float32)
+        self._require_shape(queries)
+        allowed = both(self.findable(), among)
+        if not self._stored:
+            return with_ties(lambda count: self._found(queries, count, allowed), k * blocks)
+        size = candidates(k, self.rerank)
+        wanted = min(size * blocks, self.parts.rows)
+        found = with_ties(lambda count: self._found(queries, count, allowed), wanted)
+        return rerank_in_blocks(queries, found, self._stored, k, size, blocks, self.metric)
+
+    def _require_shape(self, queries: Vectors) -> None:
         shapes = (2, 3) if self.exact or self.parts.count > 1 else (2,)
         if queries.ndim not in shapes or queries.shape[-1] != self.parts.dim:
             raise ConfigError(
@@ -90,12 +126,28 @@ class Searcher:
             )
         if self.parts.count > 1 or queries.ndim == 3:
             self._require_inner_product()
-            return exact_of_several(queries, batches(self.store, self.parts), self.parts.count, k)
+
+    def _found(self, queries: Vectors, k: int, among: Selection | None) -> Top:
+        """By brute force, or what the index shards find, in the order of their own scores."""
+        if self.parts.count > 1 or queries.ndim == 3:
+            return exact_of_several(queries, self._batches(among), self.parts.count, k, among)
         if self.exact:
-            return exact(queries, batches(self.store, self.parts), k, self.metric)
-        wanted = candidates(k, self.rerank) if self._stored else k
-        found = merge((probe_shard(queries, wanted) for probe_shard in self._probes), wanted, self.metric)
-        return reranked(queries, found, self._stored, k, self.metric) if self._stored else found
+            return exact(queries, self._batches(among), k, self.metric, among)
+        return merge((probe_shard(queries, k, among) for probe_shard in self._probes), k, self.metric)
+
+    def findable(self) -> Selection | None:
+        """What may be found at all; None where that is everything. A takedown counts some seconds after it is made."""
+        return both(self._not_removed(), self.among)
+
+    def _not_removed(self) -> Selection | None:
+        if time.monotonic() - self._looked > LOOK_EVERY_S:
+            known, self._looked = read_takedowns(self.store), time.monotonic()
+            if known is not self._takedowns:
+                self._takedowns, self._standing = known, not_removed(self.store, self.parts, known)
+        return self._standing
+
+    def _batches(self, among: Selection | None) -> Iterator[tuple[int, Vectors]]:
+        return batches(self.store, among.of(self.parts) if among else self.parts)
 
     def _require_inner_product(self) -> None:
         if self.metric != "ip":
@@ -105,12 +157,39 @@ class Searcher:
                 "Leave --metric out.",
             )
 
-    def search(self, queries: Vectors, k: int = 10, warn: Callable[[str], None] = lambda line: None) -> list[list[Hit]]:
-        """For each query, float32 [q, dim], its k nearest items, best first; fewer where there are fewer.
+    def search(
+        self,
+        queries: Vectors,
+        k: int = 10,
+        warn: Warn = lambda line: None,
+        among: Selection | None = None,
+        offset: int = 0,
+        fold: float | None = None,
+    ) -> list[list[Hit]]:
+        """For each query, float32 [q, dim], its k nearest items (`among` them); fewer where there are fewer.
 
-        Hits in parts that were replaced since are left out; `warn` is told how many.
+        Hits in parts that were replaced since are left out; `warn` is told how many. offset: so many hits are passed
+        over first, at the cost of finding them; pages of one k neither overlap nor leave anything out, as long as the
+        release is the same. fold: k hits that repeat no better one, as `pipelines.fold` says, with those that do
+        under them; looks at twice as many hits until there are k, or no more.
         """
-        top = self.nearest(queries, k)
+        if fold is None:
+            return self._hits(self._until(queries, k, among, offset + k).between(offset, offset + k), warn)
+        wanted = offset + k
+        while True:
+            top, said = self._until(queries, k, among, wanted), list[str]()
+            rows = [fold_hits(row, fold) for row in self._hits(top, said.append)]
+            ended = top.ids.shape[1] < wanted or (top.ids[:, -1] < 0)
+            if np.all(ended | (np.array([len(row) for row in rows]) >= offset + k)):
+                for line in said:
+                    warn(line)
+                return [row[offset : offset + k] for row in rows]
+            wanted *= 2
+
+    def _until(self, queries: Vectors, k: int, among: Selection | None, wanted: int) -> Top:
+        return self.nearest(queries, k, among, ceil(min(wanted, self.parts.rows) / k)).between(0, wanted)
+
+    def _hits(self, top: Top, warn: Warn) -> list[list[Hit]]:
         origins = trace_standing(self.store, self.parts, np.unique(top.ids[top.ids >= 0]).tolist())
         if left_out := int(np.isin(top.ids, [-1, *origins], invert=True).sum()):
             warn(
@@ -145,12 +224,11 @@ def rerank_factor(release: Release | None, asked: int | None) -> int:
     return (has.factor if has else 0) if asked is None else asked
 
 
-def shard_probes(store: Store, release: Release, params: str | None, resident: bool) -> list[Probe]:
-    """What asks each index shard: one held in memory from now on, or one opened for the question alone."""
-    params = release.search_params if params is None else params
+def shard_probes(opening: Opening, shards: Iterable[IndexShard], resident: bool) -> list[Probe]:
+    """What asks each index shard: one held open from now on, or one opened for the question alone."""
     if resident:
-        return [partial(ask, open_with(store, release.folder, shard, params)) for shard in release.shards]
-    return [partial(probe, store, release.folder, shard, params) for shard in release.shards]
+        return [partial(ask_shard, opening.open(shard), shard) for shard in shards]
+    return [partial(probe, opening, shard) for shard in shards]
 
 
 def choose_encoder(store: Store, encoder: str | None) -> str:

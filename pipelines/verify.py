@@ -7,8 +7,9 @@ from collections import Counter
 from collections.abc import Iterator
 
 from pipelines.collect import leftovers, totals
+from pipelines.compact import holdings
 from pipelines.contracts import SAMPLES_FAMILY
-from pipelines.index.release import finished, index_folder, read_release
+from pipelines.index.release import finished, index_folder, index_homes, read_release
 from pipelines.ledger import COMMITS, Commit, CommitRef, list_commits, read_commits, staged
 from pipelines.storage import COPY_BYTES, Store
 
@@ -28,6 +29,8 @@ def problems(store: Store, deep: bool = False) -> Iterator[str]:
             yield from _of_counts(commit)
             yield from _of_parts(store, commit, sizes, deep)
     yield from _of_releases(store, deep)
+    for holding in holdings(store, waiting=False):
+        yield f"{holding.told}: they are back after a compaction; run `vecmill remove` with --compact again"
     for kind, (objects, _) in totals(leftovers(store)).items():
         if kind != "retired":
             yield f"{objects:,} {kind} objects that nothing names: of a run that is at work, or for `vecmill collect`"
@@ -35,8 +38,7 @@ def problems(store: Store, deep: bool = False) -> Iterator[str]:
 
 def _of_releases(store: Store, deep: bool) -> Iterator[str]:
     """Index and side files of every release, published or not."""
-    homes = sorted({tuple(name.split("/")[:2]) for name in store.names("index") if name.count("/") > 1})
-    for encoder, modality in homes:
+    for encoder, modality in index_homes(store):
         for version in finished(store, index_folder(encoder, modality)):
             release = read_release(store, encoder, modality, version)
             sizes = dict(store.sizes(release.folder))
@@ -79,8 +81,8 @@ def _of_counts(commit: Commit) -> Iterator[str]:
         if rows != count.embedded:
             yield f"{commit.ref.path}: {rows:,} {modality} vectors in its parts, {count.embedded:,} counted"
     samples = sum(part.rows for part in commit.parts if part.dataset == SAMPLES_FAMILY)
-    if commit.family == SAMPLES_FAMILY and samples != commit.rows:
-        yield f"{commit.ref.path}: {samples:,} rows in its part, {commit.rows:,} counted"
+    if commit.family == SAMPLES_FAMILY and samples != commit.rows - commit.removed:
+        yield f"{commit.ref.path}: {samples:,} rows in its part, {commit.rows - commit.removed:,} counted"
 
 
 def _digest(store: Store, path: str) -> str:

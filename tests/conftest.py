@@ -34,7 +34,7 @@ settings.load_profile("busy")
 ATTEMPTS = 3
 
 
-def start(folder: str) -> None:
+def start(folder: str, store_bytes: int = 512 * 2**20, **more: Any) -> None:
     """Ray gives its raylet 30 s to start, fixed in its code, which a busy machine may need twice."""
     import ray
 
@@ -42,10 +42,11 @@ def start(folder: str) -> None:
         try:
             ray.init(
                 num_cpus=4,
-                object_store_memory=512 * 2**20,
+                object_store_memory=store_bytes,
                 include_dashboard=False,
                 log_to_driver=False,
                 _temp_dir=folder,
+                **more,
             )
             return
         except Exception:

@@ -102,8 +102,8 @@ def write_shard(
         row_group,
     )
     _write(root / "embeddings" / encoder / "text" / name, "text", at, captions, texts, dtype, row_group)
-    write_commit(root, encoder, at, generation, rows, {"image": len(kept), "text": len(captions)})
     write_samples(root, at, rows, captions_of, row_group, generation)
+    write_commit(root, encoder, at, generation, rows, {"image": len(kept), "text": len(captions)})
 
 
 def write_samples(
@@ -147,10 +147,22 @@ def write_images(root: Path, at: int, vectors: np.ndarray, row_group: int = 16_3
 
 
 def write_commit(root: Path, encoder: str, at: int, generation: int, rows: int, embedded: dict[str, int]) -> None:
-    """That names the parts, as the ledger has it of a finished shard."""
-    names = {modality: f"embeddings/{encoder}/{modality}/{part_name(at, generation)}" for modality in embedded}
+    """Of the encoder and of the samples, as the ledger has them of a finished shard."""
+    counts = {"image": Counts(items=rows, embedded=embedded["image"], rejected=rows - embedded["image"])}
+    if "text" in embedded:
+        counts["text"] = Counts(items=embedded["text"], embedded=embedded["text"])
+    vectors = {f"embeddings/{encoder}/{modality}": count for modality, count in embedded.items()}
+    put_commit(root, encoder, at, generation, rows, vectors, counts)
+    put_commit(root, "samples", at, generation, rows, {"samples": rows}, {})
+
+
+def put_commit(
+    root: Path, family: str, at: int, generation: int, rows: int, parts: dict[str, int], counts: dict[str, Counts]
+) -> None:
+    """parts: rows by data set."""
+    names = {dataset: f"{dataset}/{part_name(at, generation)}" for dataset in parts}
     commit = Commit(
-        family=encoder,
+        family=family,
         shard=shard_id(at),
         version=VERSION,
         generation=generation,
@@ -160,19 +172,16 @@ def write_commit(root: Path, encoder: str, at: int, generation: int, rows: int, 
         rows=rows,
         parts=[
             Part(
-                dataset=f"embeddings/{encoder}/{modality}",
+                dataset=dataset,
                 staged=f"staging/{final}",
                 final=final,
-                rows=embedded[modality],
+                rows=parts[dataset],
                 bytes=(root / final).stat().st_size,
                 sha256="",
             )
-            for modality, final in names.items()
+            for dataset, final in names.items()
         ],
-        counts={
-            "image": Counts(items=rows, embedded=embedded["image"], rejected=rows - embedded["image"]),
-            **({"text": Counts(items=embedded["text"], embedded=embedded["text"])} if "text" in embedded else {}),
-        },
+        counts=counts,
     )
     Store(str(root)).put_atomic(commit.ref.path, commit.model_dump_json().encode())
 

@@ -18,7 +18,7 @@ from pipelines.secrets import carries_credentials
 if TYPE_CHECKING:
     import torch
 
-FAMILIES = ("open_clip", "hf", "timm", "blip", "blip2", "beit3", "st")
+FAMILIES = ("open_clip", "hf", "timm", "blip", "blip2", "beit3", "st", "matcher")
 """Each a module of this package; another, `<family>_text`, has its tokenizer, all that decode workers need of it."""
 
 ENTRY_POINTS = "vecmill.encoders"

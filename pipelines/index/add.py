@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -10,27 +9,16 @@ import faiss
 import numpy as np
 import ray
 
+from pipelines.index.attempt import Filled, keep_filled
 from pipelines.index.measure import answer, score
 from pipelines.index.parts import Parts, Vectors, batches, part_of, require_finite
-from pipelines.index.recall import Top, empty_top, exact_in_batch, merge
+from pipelines.index.recall import empty_top, exact_in_batch, merge
 from pipelines.index.release import Coding, IndexShard, SideFile, load_index, sha256_of
 from pipelines.index.rerank import SideWriter
 from pipelines.index.room import require_free_disk
 from pipelines.index.train import read_picked
 from pipelines.observe import peak_memory_mib
 from pipelines.storage import Store, scratch_folder
-
-
-@dataclass(frozen=True)
-class Filled:
-    """An index shard in its place, and what the one pass over its parts found besides.
-
-    truth: the exact nearest of each query among these parts.
-    """
-
-    shard: IndexShard
-    truth: Top
-    peak_mib: float
 
 
 def fill(
@@ -46,10 +34,10 @@ def fill(
 ) -> Filled:
     """One index shard from a run of parts, put at `target`; memory for it and one batch.
 
-    trained: path of the empty trained index. queries: float32 [q, dim], compared with every vector that goes by;
-    none where recall is not measured. coding: the vectors go, as it says, into a side file beside the target.
-    scratch_bytes: of local disk, without which it does not begin. Putting the same shard twice does no harm, so Ray
-    may retry.
+    trained: path of the empty trained index. queries: float32 [q, dim], compared with every vector that goes by, for
+    the k nearest of each; k is 0 where recall is not measured. coding: the vectors go, as it says, into a side file
+    beside the target. scratch_bytes: of local disk, without which it does not begin. Putting the same shard twice
+    does no harm, so Ray may retry.
     """
     index, _ = load_index(store, trained)
     truth = empty_top(len(queries))
@@ -59,7 +47,7 @@ def fill(
         for first, batch in batches(store, parts):
             require_finite(store, parts.path(part_of(parts, first)), batch)
             index.add_with_ids(batch, np.arange(first, first + len(batch)))
-            if len(queries):
+            if k:
                 truth = merge([truth, exact_in_batch(queries, first, batch, k, metric)], k, metric)
             if side:
                 side.add(batch)
@@ -81,7 +69,14 @@ def _put(store: Store, index: Any, target: str, first_id: int, local: Path, side
     )
 
 
-fill_task = ray.remote(num_cpus=1)(fill)
+def fill_and_note(store: Store, note: str, *rest: Any) -> Filled:
+    """`fill`, and last of all a note that it is done."""
+    filled = fill(store, *rest)
+    keep_filled(store, note, filled)
+    return filled
+
+
+fill_task = ray.remote(num_cpus=1)(fill_and_note)
 answer_task = ray.remote(num_cpus=1)(answer)
 score_task = ray.remote(num_cpus=1)(score)
 read_task = ray.remote(num_cpus=1)(read_picked)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 import uuid
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -16,15 +18,19 @@ import faiss
 import numpy as np
 import ray
 
+from pipelines.compact import compact_parts
 from pipelines.config import IndexConfig
 from pipelines.contracts import Modality
-from pipelines.errors import ConfigError, VecmillError
+from pipelines.errors import ConfigError, IndexBuildError, VecmillError
 from pipelines.index.add import answer_task, fill_task, read_task, score_task
+from pipelines.index.asked import Asked, keep_asked
+from pipelines.index.attempt import Attempt, Filled, Learnt, attempted
 from pipelines.index.chart import svg
 from pipelines.index.choose import holds_codes
 from pipelines.index.measure import (
     CURVE_K,
     TIMED_QUERIES,
+    Answers,
     Ask,
     Found,
     Samples,
@@ -37,17 +43,18 @@ from pipelines.index.parts import BATCH_BYTES, Parts, Vectors, embeddings_folder
 from pipelines.index.plan import Plan, make_plan
 from pipelines.index.publish import publish
 from pipelines.index.queries import Queries, caption_queries, split_sample
-from pipelines.index.recall import DEPTHS, Top, merge, without
+from pipelines.index.recall import DEPTHS, Top, empty_top, merge, without
 from pipelines.index.release import (
     CHART,
     REPORT,
+    TRAINED,
     Coding,
     CurvePoint,
     IndexShard,
+    KeptFile,
     Recall,
     Release,
     Rerank,
-    claim_version,
     current_version,
     finish,
     index_folder,
@@ -55,17 +62,20 @@ from pipelines.index.release import (
     number_of,
     open_shard,
     publication,
+    sha256_of,
     unfinished,
 )
 from pipelines.index.report import markdown
 from pipelines.index.rerank import StoredVectors, learn_coding
 from pipelines.index.room import require_room
+from pipelines.index.selection import standing
 from pipelines.index.train import train
-from pipelines.index.tune import apply, around, least, query_ms, tune
+from pipelines.index.tune import apply, around, batch_query_ms, least, query_ms, tune
 from pipelines.lease import held
 from pipelines.observe import Clock, peak_memory_mib
 from pipelines.record import read_record
 from pipelines.storage import Store, scratch_folder
+from pipelines.takedowns import read_takedowns
 
 Progress = Callable[[str], None]
 K = max(DEPTHS)
@@ -89,8 +99,9 @@ def build_index(
     batch of vectors. Raises: ConfigError, IndexBuildError, NotPublishedError.
     """
     fingerprint = recorded_fingerprint(store, encoder)
+    drop_removed(store, progress)
     latest = newest_or_none(store, encoder, modality)
-    before = [part.name for part in latest.parts.ranges] if latest else []
+    before = [part.name for part in latest.parts.ranges] if latest and not latest.parts.gone else []
     parts = list_parts(store, embeddings_folder(encoder, modality), before)
     if latest and not force and is_current(latest, parts, settings, fingerprint):
         progress(f"{latest.folder} is up to date: the same parts and settings (--force builds it again)")
@@ -98,9 +109,42 @@ def build_index(
     require_one_vector(parts, encoder, modality)
     plan = make_plan(parts, settings)
     require_room(plan, store)
-    # A name of its own: two builds may run at once, but nothing may be collected under them.
-    with held(store, f"index/{encoder}.{modality}.{uuid.uuid4().hex[:12]}", "index", say=progress):
-        return _publish(Build(store, encoder, modality, plan, settings), latest, fingerprint, progress)
+    with attempt_at(store, encoder, modality, digest_of(plan, settings, fingerprint), progress) as attempt:
+        build = Build(attempt, encoder, modality, plan, settings)
+        return build_and_settle(build, id_space(latest, parts, progress), fingerprint, progress)
+
+
+@contextmanager
+def attempt_at(store: Store, encoder: str, modality: str, digest: str, progress: Progress) -> Iterator[Attempt]:
+    """A version for one build, whose files nothing collects meanwhile."""
+    # A name of its own: two builds may run at once.
+    with (
+        held(store, f"index/{encoder}.{modality}.{uuid.uuid4().hex[:12]}", "index", say=progress),
+        attempted(store, index_folder(encoder, modality), digest, progress) as attempt,
+    ):
+        yield attempt
+
+
+def digest_of(plan: Plan, settings: IndexConfig, fingerprint: str, grown_from: str | None = None) -> str:
+    """Of all that decides what is built."""
+    decided = {
+        "parts": plan.parts.model_dump(),
+        "key": plan.key,
+        "runs": [[run.start, run.stop] for run in plan.runs],
+        "rerank": plan.rerank,
+        "settings": _building(settings.model_dump(mode="json")),
+        "fingerprint": fingerprint,
+        "versions": versions(),
+        "grown_from": grown_from,
+    }
+    return hashlib.sha256(json.dumps(decided, sort_keys=True).encode()).hexdigest()
+
+
+def drop_removed(store: Store, progress: Progress) -> None:
+    """Writes the parts again that hold what was taken down; the ids of an index of the new ones start anew."""
+    if len(read_takedowns(store).touched(waiting=True)):
+        with held(store, f"remove/{uuid.uuid4().hex[:12]}", "index", say=progress):
+            compact_parts(store, lambda holding: progress(f"wrote {holding.told} again: taken down"), waiting=True)
 
 
 def require_one_vector(parts: Parts, encoder: str, modality: Modality) -> None:
@@ -114,21 +158,24 @@ def require_one_vector(parts: Parts, encoder: str, modality: Modality) -> None:
         )
 
 
-def _publish(build: Build, latest: Release | None, fingerprint: str, progress: Progress) -> Release:
+def build_and_settle(build: Build, id_space: int, fingerprint: str, progress: Progress) -> Release:
     plan = build.plan
-    progress(f"{plan.parts.rows:,} vectors of {plan.parts.dim} dimensions in {len(plan.parts.ranges)} parts")
+    filled = plan.new_parts
+    progress(f"{filled.rows:,} vectors of {filled.dim} dimensions in {len(filled.ranges)} parts")
     progress(f"{plan.key} in {len(plan.runs)} index shards → {build.folder}")
     for dead in unfinished(build.store, index_folder(build.encoder, build.modality)):
         if dead != build.version:
-            progress(f"{dead} is unfinished: another build is at it, or died; if none runs, its folder can go")
+            progress(
+                f"{dead} is unfinished: another build is at it, or died; if none runs, `vecmill collect` clears it"
+            )
     try:
-        release = build.release(id_space(latest, plan.parts, progress), fingerprint, progress)
-    except BaseException:
-        build.store.delete_folder(build.folder)
+        release = build.release(id_space, fingerprint, progress)
+    except (ConfigError, IndexBuildError):
+        # What is wrong with its parts will still be so; whatever else ended it, the next build goes on from here.
+        build.attempt.clear()
         raise
-    finally:
-        build.store.delete_folder(build.staging)
     finish(build.store, release, publish=False)
+    build.store.delete_folder(build.attempt.staging)
     return settle(build.store, release, build.settings, progress)
 
 
@@ -181,14 +228,10 @@ def _building(settings: dict[str, Any]) -> dict[str, Any]:
 class Build:
     """One attempt at a release: its place, its plan, and what its stages took."""
 
-    def __init__(self, store: Store, encoder: str, modality: Modality, plan: Plan, settings: IndexConfig) -> None:
-        self.store, self.encoder, self.modality = store, encoder, modality
+    def __init__(self, attempt: Attempt, encoder: str, modality: Modality, plan: Plan, settings: IndexConfig) -> None:
+        self.attempt, self.encoder, self.modality = attempt, encoder, modality
+        self.store, self.version, self.folder = attempt.store, attempt.version, attempt.folder
         self.plan, self.settings = plan, settings
-        self.attempt = uuid.uuid4().hex
-        home = index_folder(encoder, modality)
-        self.staging = f"staging/{home}/{self.attempt}"
-        self.version = claim_version(store, home, self.attempt)
-        self.folder = f"{home}/{self.version}"
         self.seconds: dict[str, float] = {}
         self.peak_mib: dict[str, float] = {}
 
@@ -202,21 +245,14 @@ class Build:
 
     def release(self, id_space: int, fingerprint: str, progress: Progress) -> Release:
         """Every stage but the last: all files but the manifest are in place."""
-        with self.stage("read"):
-            sample, queries = self.read(progress)
-        with self.stage("train"):
-            trained = self.train(sample)
-            coding = learn_coding(self.plan.rerank, sample if len(sample) else queries.kinds[self.modality])
-        del sample
+        learnt, queries = self.learnt(progress)
+        coding = learnt.coding
         with self.stage("add"):
-            shards, truth = self.add(trained, queries, coding, progress)
+            shards, asked = self.add(learnt, queries, progress)
         with self.stage("tune"):
-            params = self.settings.search_params
-            if self.settings.target_recall:
-                params = self.reaching(self.settings.target_recall, shards, queries, truth, coding, progress)
-            tuned = self.tune(shards[0], queries, params)
+            tuned = self.tune(shards, queries, self.decided(shards, asked, coding, progress))
         with self.stage("recall"):
-            measured = self.measure(shards, tuned, queries, truth, coding)
+            measured = self.measure(shards, tuned, asked, coding)
         release = Release(
             version=self.version,
             id_space=id_space,
@@ -227,6 +263,7 @@ class Build:
             index_key=self.plan.key,
             search_params=tuned.params,
             query_ms=tuned.query_ms,
+            batch_query_ms=tuned.batch_query_ms,
             parts=self.plan.parts,
             shards=tuple(shards),
             settings=self.settings.model_dump(mode="json"),
@@ -236,12 +273,30 @@ class Build:
             versions=versions(),
             made=f"{datetime.now(UTC):%Y-%m-%d %H:%M:%S} UTC",
             bytes_per_vector=bytes_per_vector(shards),
+            trained=learnt.trained,
+            asked=keep_asked(self.store, self.folder, self.kept(asked)),
+            **self.grown(learnt, queries, progress),
             **measured,
         )
         self.store.put_atomic(f"{self.folder}/{REPORT}", markdown(release).encode())
         if release.curve:
             self.store.put_atomic(f"{self.folder}/{CHART}", svg(release))
         return release
+
+    def learnt(self, progress: Progress) -> tuple[Learnt, Queries]:
+        """What index shards are filled with, and asked; of an attempt that was taken up, what it had."""
+        if known := self.attempt.learnt():
+            self.seconds, self.peak_mib = known[0].seconds, known[0].peak_mib
+            progress("it was trained before")
+            return known
+        with self.stage("read"):
+            sample, queries = self.read(progress)
+        with self.stage("train"):
+            trained = self.train(sample)
+            coding = learn_coding(self.plan.rerank, sample if len(sample) else queries.kinds[self.modality])
+        learnt = Learnt(trained=trained, coding=coding, seconds=self.seconds, peak_mib=self.peak_mib)
+        self.attempt.keep_learnt(learnt, queries)
+        return learnt, queries
 
     def read(self, progress: Progress) -> tuple[Vectors, Queries]:
         """The training sample, float32 [n, dim], and the queries; each part's share read in its run's task."""
@@ -250,54 +305,77 @@ class Build:
         runs = zip(self.plan.run_parts(), self.plan.run_positions(), strict=True)
         refs = [read_task.remote(self.store, parts, positions) for parts, positions in runs]
         sample, own = split_sample(map(get, refs), drawn, self.plan.parts.dim)
-        captions = caption_queries(self.store, self.encoder, self.plan.parts, self.settings)
+        captions = caption_queries(self.store, self.encoder, self.plan.new_parts, self.settings)
         kinds: dict[str, Vectors] = {self.modality: own}
         if self.modality == "image" and captions is not None:
             kinds["text"] = captions
         return sample, Queries(kinds, drawn.ids(self.plan.parts)[drawn.queries])
 
-    def train(self, sample: Vectors) -> str:
-        """The path of the empty trained index that every index shard starts from."""
+    def train(self, sample: Vectors) -> KeptFile:
+        """The empty trained index that every index shard starts from."""
         index = train(self.plan.key, self.settings.metric, sample, self.plan.parts.dim)
-        path = f"{self.staging}/trained.faiss"
         with scratch_folder() as scratch:
-            local = Path(scratch) / "trained.faiss"
+            local = Path(scratch) / TRAINED
             faiss.write_index(index, str(local))
-            self.store.put_atomic(path, local)
-        return path
+            self.store.put_atomic(f"{self.folder}/{TRAINED}", local)
+            return KeptFile(file=TRAINED, bytes=local.stat().st_size, sha256=sha256_of(local))
 
-    def add(
-        self, trained: str, queries: Queries, coding: Coding | None, progress: Progress
+    def add(self, learnt: Learnt, queries: Queries, progress: Progress) -> tuple[list[IndexShard], Asked]:
+        """The index shards, and the exact nearest of each query."""
+        names = [f"shard-{at:04d}.faiss" for at in range(len(self.plan.runs))]
+        shards, truth = self.filled(names, learnt, queries, progress)
+        return shards, Asked.of(queries, truth, K + 1, self.settings.metric)
+
+    def filled(
+        self, names: list[str], learnt: Learnt, queries: Queries, progress: Progress
     ) -> tuple[list[IndexShard], Top]:
+        """An index shard of each run, and the exact nearest of each query in them. What was filled before stays."""
+        filled = self.attempt.filled()
+        if filled:
+            progress(f"{len(filled)} of {len(names)} index shards were filled before")
+        runs = {name: parts for name, parts in zip(names, self.plan.run_parts(), strict=True) if name not in filled}
+        for each in self.fill(runs, learnt, queries):
+            filled[each.shard.file] = each
+            progress(f"filled {each.shard.file}, {len(filled)} of {len(names)}: {each.shard.rows:,} vectors")
+        self.peak_mib["add"] = max((each.peak_mib for each in filled.values()), default=0)
+        truths = [empty_top(len(queries.vectors)), *(filled[name].truth for name in names)]
+        return [filled[name].shard for name in names], merge(truths, K + 1, self.settings.metric)
+
+    def fill(self, runs: dict[str, Parts], learnt: Learnt, queries: Queries) -> Iterator[Filled]:
+        """An index shard of each run of parts, in a task each. runs: by the file's name."""
         task: Any = fill_task.options(memory=self.plan.task_bytes)
-        asked = ray.put(queries.vectors[: None if self.settings.recall_queries else 0])
-        targets = [f"{self.folder}/shard-{at:04d}.faiss" for at in range(len(self.plan.runs))]
-        scratch, metric = self.plan.scratch_bytes, self.settings.metric
+        asked, trained = ray.put(queries.vectors), f"{self.folder}/{learnt.trained.file}"
+        depth = K + 1 if self.settings.recall_queries else 0
+        rest = (asked, depth, self.settings.metric, learnt.coding, self.plan.scratch_bytes)
         refs = [
-            task.remote(self.store, parts, trained, target, asked, K + 1, metric, coding, scratch)
-            for parts, target in zip(self.plan.run_parts(), targets, strict=True)
+            task.remote(self.store, self.attempt.note_of(name), parts, trained, f"{self.folder}/{name}", *rest)
+            for name, parts in runs.items()
         ]
-        filled = []
-        for ref in refs:
-            filled.append(get(ref))
-            progress(f"filled {filled[-1].shard.file}, {len(filled)} of {len(refs)}: {filled[-1].shard.rows:,} vectors")
-        self.peak_mib["add"] = max(each.peak_mib for each in filled)
-        return [each.shard for each in filled], merge([each.truth for each in filled], K + 1, self.settings.metric)
+        yield from map(get, refs)
+
+    def kept(self, asked: Asked) -> Asked:
+        """What the next update is measured with."""
+        return asked
+
+    def grown(self, learnt: Learnt, queries: Queries, progress: Progress) -> dict[str, Any]:
+        """The fields of the release that tell what it grew from."""
+        return {}
+
+    def decided(self, shards: list[IndexShard], asked: Asked, coding: Coding | None, progress: Progress) -> str | None:
+        """Search parameters that no clock has a say in; None where it has."""
+        if self.settings.target_recall:
+            return self.reaching(self.settings.target_recall, shards, asked, coding, progress)
+        return self.settings.search_params
 
     def reaching(
-        self,
-        target: float,
-        shards: list[IndexShard],
-        queries: Queries,
-        truth: Top,
-        coding: Coding | None,
-        progress: Progress,
+        self, target: float, shards: list[IndexShard], asked: Asked, coding: Coding | None, progress: Progress
     ) -> str:
         """The least parameters with which all index shards reach a recall@10, as search has it, of every kind of query.
 
-        No clock decides. The furthest there are, and a word of it, where none does.
+        The furthest there are, and a word of it, where none does.
         """
-        truth, recalls = without(truth, queries.own), dict[str, float]()
+        queries, recalls = asked.queries, dict[str, float]()
+        truth = without(asked.truth, queries.own)
 
         def enough(several: list[str]) -> list[bool]:
             asks = [Ask(params, CURVE_K * self.factor(coding) + 1) for params in several]
@@ -315,28 +393,28 @@ class Build:
             )
         return chosen
 
-    def tune(self, shard: IndexShard, queries: Queries, known: str | None) -> Tuned:
-        """Parameters for all index shards, tuned on the first where none are known, and milliseconds a query takes.
+    def tune(self, shards: list[IndexShard], queries: Queries, decided: str | None) -> Tuned:
+        """Parameters for all index shards, tuned on the first where none are decided, and milliseconds a query takes.
 
         A search goes through the index shards one after the other, so that each has its rows' share
         of the target.
         """
+        shard = shards[0]
         share = shard.rows / self.plan.parts.rows
         index = open_shard(self.store, self.folder, shard)
-        params = known if known is not None else tune(index, self.plan.key, self.settings.max_query_ms * share)
+        params = tune(index, self.plan.key, self.settings.max_query_ms * share) if decided is None else decided
         others = around(self.plan.key, params) if self.settings.recall_queries else []
         times = {}
         for each in [*others, params]:
             apply(index, each)
             times[each] = round(query_ms(index, queries.vectors, 1.0 if each == params else CURVE_S) / share, 3)
-        return Tuned(params, times)
+        # The parameters chosen were set last.
+        return Tuned(params, times, round(batch_query_ms(index, queries.vectors, CURVE_S) / share, 3))
 
-    def measure(
-        self, shards: list[IndexShard], tuned: Tuned, queries: Queries, truth: Top, coding: Coding | None
-    ) -> dict[str, Any]:
+    def measure(self, shards: list[IndexShard], tuned: Tuned, asked: Asked, coding: Coding | None) -> dict[str, Any]:
         """The fields of the release that tell what it finds, and that its ids lead back."""
         measured = bool(self.settings.recall_queries)
-        queries = queries if measured else queries.first(TIMED_QUERIES)
+        queries = asked.queries if measured else asked.queries.first(TIMED_QUERIES)
         factor = self.factor(coding)
         curve = [Ask(params, CURVE_K * factor + 1) for params in tuned.times] if measured else []
         samples = draw_samples(self.store, self.plan.parts, self.settings.seed)
@@ -344,20 +422,15 @@ class Build:
         return {
             "rerank": self.rerank(shards, queries, tops[0], coding) if coding else None,
             "round_trips": len(samples.ids),
-            **(self.figures(shards, tuned, queries, truth, tops, coding) if measured else NOT_MEASURED),
+            **(self.figures(shards, tuned, asked, tops, coding) if measured else NOT_MEASURED),
         }
 
     def figures(
-        self,
-        shards: list[IndexShard],
-        tuned: Tuned,
-        queries: Queries,
-        truth: Top,
-        tops: list[Top],
-        coding: Coding | None,
+        self, shards: list[IndexShard], tuned: Tuned, asked: Asked, tops: list[Top], coding: Coding | None
     ) -> dict[str, Any]:
         """Recall and its curve, of what all index shards found: `tops` of the tuned parameters, then of the curve's."""
-        truth, found = without(truth, queries.own), self.found(shards, queries, tops, coding)
+        queries = asked.queries
+        truth, found = without(asked.truth, queries.own), self.found(shards, queries, tops, coding)
         return {
             "recall": Recall(
                 queries={kind: len(vectors) for kind, vectors in queries.kinds.items()},
@@ -374,12 +447,15 @@ class Build:
         self, shards: list[IndexShard], asks: list[Ask], queries: Queries, samples: Samples, coding: Coding | None
     ) -> list[Top]:
         """What all index shards together find, one an Ask, once each is known to hold the samples."""
-        task, asked = answer_task.options(memory=self.plan.task_bytes), ray.put(queries.vectors)
-        refs = [task.remote(self.store, self.folder, shard, asks, asked, samples, coding) for shard in shards]
-        answers = (
-            require_whole(self.store, self.folder, shard, get(ref)) for shard, ref in zip(shards, refs, strict=True)
-        )
+        task: Any = answer_task.options(memory=self.plan.task_bytes)
+        rest = (asks, ray.put(queries.vectors), samples, coding, standing(self.plan.parts))
+        refs = [task.remote(self.store, self.folder, shard, *rest) for shard in shards]
+        answers = (self.heard(shard, queries, get(ref)) for shard, ref in zip(shards, refs, strict=True))
         return merged(answers, asks, self.settings.metric, queries.own)
+
+    def heard(self, shard: IndexShard, queries: Queries, answers: Answers) -> Answers:
+        """Raises: IndexBuildError where the index shard does not hold what its parts do."""
+        return require_whole(self.store, self.folder, shard, answers)
 
     def found(self, shards: list[IndexShard], queries: Queries, tops: list[Top], coding: Coding | None) -> list[Found]:
         """The same with the scores of the stored vectors."""
@@ -412,10 +488,14 @@ class Build:
 
 @dataclass(frozen=True)
 class Tuned:
-    """params: those chosen. times: milliseconds a query by parameters, these and others around them."""
+    """params: those chosen. times: milliseconds a query by parameters, these and others around them.
+
+    batch_query_ms: a query with those chosen, of a batch that is asked at once.
+    """
 
     params: str
     times: dict[str, float]
+    batch_query_ms: float
 
     @property
     def query_ms(self) -> float:

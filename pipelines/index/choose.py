@@ -31,12 +31,12 @@ IP_FORMS = {
 }
 
 
-def parse_bytes(size: str) -> int:
+def parse_bytes(size: str, setting: str = "index.shard_memory") -> int:
     """Bytes of `500M`, `4G` or `1.5TB` (powers of 1024). Raises: ConfigError."""
     try:
         return int(cast_memory_to_bytes(size))
     except ValueError:
-        raise ConfigError(f"index.max_index_memory: {size!r} is not a size", "Write 500M, 4G or 1.5T.") from None
+        raise ConfigError(f"{setting}: {size!r} is not a size", "Write 500M, 4G or 1.5T.") from None
 
 
 def choose_key(rows: int, dim: int, shards: int, settings: IndexConfig) -> str:
@@ -45,20 +45,21 @@ def choose_key(rows: int, dim: int, shards: int, settings: IndexConfig) -> str:
     Clusters are chosen for all `rows`, as every index shard shares one quantiser; the memory budget
     holds for each of the `shards`. Raises: ConfigError, IndexBuildError where nothing fits.
     """
-    budget = parse_bytes(settings.max_index_memory)
+    budget = parse_bytes(settings.shard_memory)
     keys = [settings.index_key] if settings.index_key else get_optimal_index_keys_v2(rows, dim, f"{budget * shards}B")
     if not keys:
         raise IndexBuildError(
-            f"No index of {rows:,} vectors of {dim} dimensions fits {shards} × {settings.max_index_memory}",
-            "Raise index.max_index_memory or index.shards.",
+            f"No index of {rows:,} vectors of {dim} dimensions fits {shards} × {settings.shard_memory}",
+            "Raise index.shard_memory or index.shards.",
         )
     empty_index(keys[0], dim, settings.metric)
     needed = shard_bytes(keys[0], ceil(rows / shards), dim)
     if needed > budget:
         raise IndexBuildError(
             f"An index shard of {ceil(rows / shards):,} vectors as {keys[0]} needs about {needed:,} bytes; "
-            f"index.max_index_memory is {settings.max_index_memory}",
-            "Raise index.max_index_memory or index.shards, or choose a smaller index.index_key.",
+            f"index.shard_memory is {settings.shard_memory}",
+            "Raise index.shard_memory or index.shards (there are no more of them than parts), or choose a smaller "
+            "index.index_key.",
         )
     return keys[0]
 
@@ -113,15 +114,30 @@ def shard_bytes(key: str, rows: int, dim: int) -> int:
 
 
 def shard_count(parts: Parts, settings: IndexConfig) -> int:
-    """Index shards aimed at, never more than parts that hold something."""
-    wanted = ceil(parts.rows / VECTORS_PER_SHARD) if settings.shards == "auto" else settings.shards
-    return min(wanted, sum(part.rows > 0 for part in parts.ranges))
+    """Index shards aimed at, never more than parts that hold something.
+
+    Where they are not counted out: one per 10 million vectors, or as many more as the memory of each asks for. That
+    is known of a key that was named; one that autofaiss chooses is chosen so that it fits.
+    """
+    most = sum(part.rows > 0 for part in parts.ranges)
+    if settings.shards != "auto":
+        return min(settings.shards, most)
+    least = min(ceil(parts.rows / VECTORS_PER_SHARD), most)
+    return _fitting(settings.index_key, parts, settings, least, most) if settings.index_key else least
+
+
+def _fitting(key: str, parts: Parts, settings: IndexConfig, least: int, most: int) -> int:
+    """From `least` to `most`, the first count of index shards each of which is within its memory; else `most`."""
+    budget = parse_bytes(settings.shard_memory)
+    start = max(least, shard_bytes(key, parts.rows, parts.dim) // max(1, budget))
+    fitting = (n for n in range(start, most) if shard_bytes(key, ceil(parts.rows / n), parts.dim) <= budget)
+    return next(fitting, most)
 
 
 def cut(parts: Parts, shards: int) -> list[range]:
     """Contiguous runs of parts (as positions among them) of about equal rows, at most `shards` of them."""
     total, runs = parts.rows, dict[int, range]()
     for at, part in enumerate(parts.ranges):
-        shard = (part.offset + part.rows // 2) * shards // max(1, total)
+        shard = (part.offset - parts.ranges[0].offset + part.rows // 2) * shards // max(1, total)
         runs[shard] = range(runs[shard].start if shard in runs else at, at + 1)
     return [run for run in runs.values() if any(parts.ranges[at].rows for at in run)]

@@ -12,12 +12,14 @@ import numpy as np
 from numpy.typing import NDArray
 
 from pipelines.errors import IndexBuildError
+from pipelines.index.among import transformed
 from pipelines.index.parts import Ids, Parts, Vectors
-from pipelines.index.probe import ask
+from pipelines.index.probe import ask_shard
 from pipelines.index.queries import Queries
 from pipelines.index.recall import DEPTHS, Top, merge, recall_at, without
 from pipelines.index.release import Coding, IndexShard, open_shard
 from pipelines.index.rerank import StoredVectors, candidates, decode, encode, rerank, rescored, scores_of
+from pipelines.index.selection import Selection
 from pipelines.index.trace import trace_parts
 from pipelines.index.tune import apply
 from pipelines.storage import Store
@@ -62,8 +64,9 @@ class Samples:
 
 def draw_samples(store: Store, parts: Parts, seed: int) -> Samples:
     """Raises: LedgerError where an id does not lead to a part, a row and the same key in its samples."""
-    count = min(CHECKED_IDS, parts.rows)
-    ids = np.sort(np.random.default_rng([seed, count, 2]).choice(parts.rows, count, replace=False))
+    count = min(CHECKED_IDS, parts.standing)
+    drawn = np.sort(np.random.default_rng([seed, count, 2]).choice(parts.standing, count, replace=False))
+    ids = parts.ids_at(drawn)
     return Samples(ids, np.stack([origin.vector for origin in trace_parts(store, parts, ids.tolist())]))
 
 
@@ -75,15 +78,16 @@ def answer(
     queries: Vectors,
     samples: Samples,
     coding: Coding | None,
+    among: Selection | None = None,
 ) -> Answers:
-    """What one index shard finds of float32 [q, dim] queries; memory for it until then."""
+    """What one index shard finds of float32 [q, dim] queries (among what may be found); memory for it until then."""
     index = open_shard(store, folder, shard)
     tops = []
     for each in asks:
         apply(index, each.params)
-        tops.append(ask(index, queries, each.depth))
+        tops.append(ask_shard(index, shard, queries, each.depth, among))
     mine = samples.of(shard)
-    whole = holds(index, shard, mine) if len(mine.ids) else np.empty(0, bool)
+    whole = holds(index, shard, mine)
     if coding and len(mine.ids):
         stored = StoredVectors(store, folder, [shard], coding, queries.shape[1]).take(mine.ids)
         whole &= (stored == decode(coding, encode(coding, mine.vectors))).all(axis=1)
@@ -135,7 +139,7 @@ def _apart_in_order(index: Any, shard: IndexShard, samples: Samples) -> tuple[Ve
 
 def _apart_in_lists(index: Any, shard: IndexShard, samples: Samples) -> tuple[Vectors, Vectors]:
     """As above, in the space that the inverted lists hold."""
-    ivf, vectors = faiss.extract_index_ivf(index), _transformed(index, samples.vectors)
+    ivf, vectors = faiss.extract_index_ivf(index), transformed(index, samples.vectors)
     found = np.full(len(vectors), np.inf, np.float32)
     own = np.zeros(len(vectors), np.float32)
     held, codes = np.empty(ivf.d, np.float32), np.empty(ivf.code_size, np.uint8)
@@ -147,13 +151,6 @@ def _apart_in_lists(index: Any, shard: IndexShard, samples: Samples) -> tuple[Ve
         ivf.decode_vectors(1, faiss.swig_ptr(codes), faiss.swig_ptr(lists), faiss.swig_ptr(held))
         own[at] = np.linalg.norm(held - vector)
     return found, own
-
-
-def _transformed(index: Any, vectors: Vectors) -> Vectors:
-    if isinstance(index, faiss.IndexPreTransform):
-        for at in range(index.chain.size()):
-            vectors = faiss.downcast_VectorTransform(index.chain.at(at)).apply(vectors)
-    return vectors
 
 
 def _places(ivf: Any, ids: Ids) -> Iterable[tuple[int, int, int]]:

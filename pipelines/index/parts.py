@@ -36,17 +36,24 @@ class NoVectorsError(IndexBuildError):
 
 
 class PartRange(BaseModel):
-    """A part and the FAISS ids of its vectors: offset … offset + rows - 1, in the order of the part."""
+    """A part and the FAISS ids of its vectors: offset … offset + rows - 1, in the order of the part.
+
+    gone: replaced or pruned since; its ids stand for nothing any more, and go to nobody else.
+    """
 
     model_config = ConfigDict(frozen=True)
 
     name: str
     offset: int
     rows: int
+    gone: bool = False
 
 
 class Parts(BaseModel):
-    """Parts under `folder`, all or a run of them, in id order. dim: of every vector. count: vectors an item has."""
+    """Parts under `folder`, all or a run of them, in id order. dim: of every vector. count: vectors an item has.
+
+    rows: ids, of parts that are gone too. standing: items that are there.
+    """
 
     model_config = ConfigDict(frozen=True)
 
@@ -58,6 +65,29 @@ class Parts(BaseModel):
     @property
     def rows(self) -> int:
         return sum(part.rows for part in self.ranges)
+
+    @property
+    def standing(self) -> int:
+        return sum(part.rows for part in self.ranges if not part.gone)
+
+    @property
+    def gone(self) -> list[tuple[int, int]]:
+        """(first, stop) of the ids of each part that is gone."""
+        return [(part.offset, part.offset + part.rows) for part in self.ranges if part.gone and part.rows]
+
+    def ids_at(self, positions: Ids) -> Ids:
+        """int64 ids of vectors by their positions among all that stand."""
+        there = [part for part in self.ranges if not part.gone]
+        ends = np.cumsum([part.rows for part in there])
+        of = np.searchsorted(ends, positions, side="right")
+        shift = np.array([part.offset for part in there]) - (ends - np.array([part.rows for part in there]))
+        return np.asarray(positions + shift[of], np.int64)
+
+    def are_gone(self, ids: Ids) -> NDArray[np.bool_]:
+        """Which of the int64 ids, all of these parts or -1 for none, are of parts that are gone."""
+        starts = np.array([part.offset for part in self.ranges])
+        gone = np.array([part.gone for part in self.ranges])
+        return np.asarray((ids >= 0) & gone[np.searchsorted(starts, np.maximum(ids, 0), side="right") - 1])
 
     def run(self, start: int, stop: int) -> Parts:
         return self.model_copy(update={"ranges": self.ranges[start:stop]})
@@ -82,6 +112,11 @@ def shard_of(name: str) -> str:
     return name.removeprefix("part-").split(".")[0]
 
 
+def version_of(name: str) -> str:
+    """The shard's version, from the same."""
+    return name.split(".")[1]
+
+
 def list_parts(store: Store, folder: str, before: Sequence[str] = ()) -> Parts:
     """The finished parts under `folder` with the ids of their vectors; only their footers are read.
 
@@ -89,17 +124,49 @@ def list_parts(store: Store, folder: str, before: Sequence[str] = ()) -> Parts:
     valid, unless one of them is gone. New parts follow, sorted.
     Raises: NoVectorsError; IndexBuildError where a shard has two parts, or dimensions differ.
     """
-    names = sorted(name for name in store.names(folder) if name.endswith(".parquet"))
-    _require_one_each(store, folder, names)
+    names = _names(store, folder)
     if set(before) <= set(names):
         names = [*before, *sorted(set(names) - set(before))]
-    with ThreadPoolExecutor(FOOTER_THREADS) as pool:
-        footers = list(pool.map(lambda name: _footer(store, f"{folder}/{name}"), names))
+    footers = _footers(store, folder, names)
     if not any(footer.rows for footer in footers):
-        raise NoVectorsError(f"{store.uri(folder)} holds no vectors", "Run `vecmill embed` first, or `vecmill status`.")
+        raise _no_vectors(store, folder)
     _require_one_shape(store, folder, names, footers)
     first = footers[0]
     return Parts(folder=folder, dim=first.dim, count=first.count, ranges=tuple(_ranges(names, footers)))
+
+
+def list_grown(store: Store, known: Parts) -> Parts:
+    """`known` with the parts that are there now: all keep their ids, those that are gone are marked, new ones follow.
+
+    Only the new ones' footers are read. Raises: as `list_parts`.
+    """
+    names = _names(store, known.folder)
+    there = set(names)
+    old = [part.model_copy(update={"gone": part.gone or part.name not in there}) for part in known.ranges]
+    # A part that was gone and has come back gets new ids: what its old ones stood for may be something else.
+    standing = {part.name for part in old if not part.gone}
+    new = [name for name in names if name not in standing]
+    footers = _footers(store, known.folder, new)
+    _require_one_shape(store, known.folder, new, footers, Footer(0, known.dim, known.count))
+    grown = known.model_copy(update={"ranges": (*old, *_ranges(new, footers, known.rows))})
+    if not grown.standing:
+        raise _no_vectors(store, known.folder)
+    return grown
+
+
+def _names(store: Store, folder: str) -> list[str]:
+    names = sorted(name for name in store.names(folder) if name.endswith(".parquet"))
+    _require_one_each(store, folder, names)
+    return names
+
+
+def _footers(store: Store, folder: str, names: list[str]) -> list[Footer]:
+    with ThreadPoolExecutor(FOOTER_THREADS) as pool:
+        return list(pool.map(lambda name: _footer(store, f"{folder}/{name}"), names))
+
+
+def _no_vectors(store: Store, folder: str) -> NoVectorsError:
+    return NoVectorsError(f"{store.uri(folder)} holds no vectors", "Run `vecmill embed` first, or `vecmill status`.")
 
 
 def _require_one_each(store: Store, folder: str, names: list[str]) -> None:
@@ -142,17 +209,21 @@ def _footer(store: Store, path: str) -> Footer:
         return Footer(rows, kind.value_type.list_size, kind.list_size) if several else Footer(rows, kind.list_size, 1)
 
 
-def _require_one_shape(store: Store, folder: str, names: list[str], footers: list[Footer]) -> None:
+def _require_one_shape(
+    store: Store, folder: str, names: list[str], footers: list[Footer], like: Footer | None = None
+) -> None:
+    """like: of the other parts, else of the first of these."""
     for name, footer in zip(names, footers, strict=True):
-        if (footer.dim, footer.count) != (footers[0].dim, footers[0].count):
+        first = like or footers[0]
+        if (footer.dim, footer.count) != (first.dim, first.count):
+            others = "the release" if like else names[0]
             raise IndexBuildError(
-                f"{store.uri(folder)}/{name} holds vectors of {footer.dim} dimensions, {names[0]} of {footers[0].dim}",
+                f"{store.uri(folder)}/{name} holds vectors of {footer.dim} dimensions, {others} of {first.dim}",
                 "Parts of two encoders do not mix in one index: remove the folder's strangers.",
             )
 
 
-def _ranges(names: Iterable[str], footers: Iterable[Footer]) -> Iterator[PartRange]:
-    offset = 0
+def _ranges(names: Iterable[str], footers: Iterable[Footer], offset: int = 0) -> Iterator[PartRange]:
     for name, footer in zip(names, footers, strict=True):
         yield PartRange(name=name, offset=offset, rows=footer.rows)
         offset += footer.rows
@@ -180,14 +251,16 @@ def require_finite(store: Store, path: str, found: Vectors) -> None:
 
 
 def batches(store: Store, parts: Parts) -> Iterator[tuple[int, Vectors]]:
-    """(id of the first, float32 [n, dim]) for consecutive vectors of the parts, one batch at a time; of several an
-    item, [n * count, dim].
+    """(id of the first, float32 [n, dim]) for consecutive vectors of the parts that stand, one batch at a time; of
+    several an item, [n * count, dim].
 
     A batch is at most BATCH_BYTES and never spans parts. Raises: IndexBuildError for a part that
     cannot be read.
     """
     rows = max(1, BATCH_BYTES // (4 * parts.dim * parts.count))
     for part in parts.ranges:
+        if part.gone:
+            continue
         first = part.offset
         with open_part(store, parts.path(part)) as stream, pq.ParquetFile(stream, pre_buffer=False) as file:
             for batch in file.iter_batches(rows, columns=["embedding"], use_threads=False):
@@ -222,7 +295,7 @@ def pick(parts: Parts, count: int, seed: int) -> list[Ids]:
     """
     count = min(count, parts.rows)
     shift = np.random.default_rng([seed, 0]).random()
-    ends = [part.offset + part.rows for part in parts.ranges]
+    ends = np.cumsum([part.rows for part in parts.ranges]).tolist()
     bounds = [0, *(int(end * count / parts.rows + shift) for end in ends)]
     bounds[-1] = count
     shares = [min(part.rows, stop - start) for part, (start, stop) in zip(parts.ranges, pairwise(bounds), strict=True)]

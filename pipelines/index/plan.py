@@ -14,14 +14,21 @@ from pipelines.index.tune import require_params
 
 @dataclass(frozen=True)
 class Plan:
-    """All that is decided before anything is written. runs: the parts of each index shard. rerank: what their
-    side files hold, `none` for no such."""
+    """All that is decided before anything is written. runs: the parts of each index shard to be filled. rerank: what
+    their side files hold, `none` for no such. standing: the first so many parts are in index shards that are there
+    already, the largest of them of standing_bytes."""
 
     parts: Parts
     key: str
     runs: tuple[range, ...]
     draw: Draw
     rerank: str = "none"
+    standing: int = 0
+    standing_bytes: int = 0
+
+    @property
+    def new_parts(self) -> Parts:
+        return self.parts.run(self.standing, len(self.parts.ranges))
 
     def run_parts(self) -> list[Parts]:
         return [self.parts.run(run.start, run.stop) for run in self.runs]
@@ -31,8 +38,9 @@ class Plan:
 
     @property
     def task_bytes(self) -> int:
-        """What filling the largest index shard holds: itself, and a batch as read, cast, compared and stored."""
-        return shard_bytes(self.key, self._most_rows, self.parts.dim) + 5 * BATCH_BYTES
+        """What filling or asking the largest index shard holds: itself, and a batch as read, cast, compared and
+        stored."""
+        return max(self.standing_bytes, shard_bytes(self.key, self._most_rows, self.parts.dim)) + 5 * BATCH_BYTES
 
     @property
     def scratch_bytes(self) -> int:
@@ -46,7 +54,7 @@ class Plan:
 
     @property
     def _most_rows(self) -> int:
-        return max(run.rows for run in self.run_parts())
+        return max((run.rows for run in self.run_parts()), default=0)
 
     def _files_bytes(self, rows: int) -> int:
         return shard_bytes(self.key, rows, self.parts.dim) + side_bytes(self.rerank, rows, self.parts.dim)

@@ -13,6 +13,7 @@ from pipelines.config import WriteConfig
 from pipelines.errors import IndexBuildError, VecmillError
 from pipelines.index.release import (
     MANIFEST,
+    POINTER,
     Release,
     current_version,
     finished,
@@ -25,7 +26,8 @@ from pipelines.index.release import (
     swap,
     unfinished,
 )
-from pipelines.ledger import Commit, CommitRef, list_commits, read_commits
+from pipelines.index.removed import holds_removed
+from pipelines.ledger import Commit, read_commits, standing_commits
 from pipelines.record import read_record
 from pipelines.storage import Store
 
@@ -54,7 +56,8 @@ class NotPublishedError(VecmillError):
 
 
 def publish(store: Store, release: Release, floor: float, keep: int, say: Say = lambda line: None) -> None:
-    """Makes a release the current one, if nothing bars it, and deletes all older ones but `keep`.
+    """Makes a release the current one, if nothing bars it, and deletes all older ones but `keep`, and of these too
+    what holds vectors of samples that were taken down.
 
     floor: for recall@10, re-ranked. Raises: NotPublishedError, and IndexBuildError where files of it are missing.
     """
@@ -66,6 +69,16 @@ def publish(store: Store, release: Release, floor: float, keep: int, say: Say = 
     for version in too_old(store, index_folder(release.encoder, release.modality), keep):
         say(f"deleting {version}, which is older than the {keep} that are kept (index.keep)")
         delete_release(store, index_folder(release.encoder, release.modality), version)
+    for version in holding_removed(store, release.encoder, release.modality):
+        if version != release.version:
+            say(f"deleting {version}, which holds vectors of what was taken down")
+            delete_release(store, index_folder(release.encoder, release.modality), version)
+
+
+def holding_removed(store: Store, encoder: str, modality: str) -> list[str]:
+    """Releases with vectors of what was taken down, the way back among them, oldest first."""
+    versions = finished(store, index_folder(encoder, modality))
+    return [version for version in versions if holds_removed(store, read_release(store, encoder, modality, version))]
 
 
 def rollback(store: Store, encoder: str, modality: str) -> Release:
@@ -98,7 +111,7 @@ def require_files(store: Store, release: Release) -> None:
 def obstacles(store: Store, release: Release, floor: float) -> Iterator[Obstacle]:
     """What bars a release from being published: too low a recall, too many rejects, counts that do not agree."""
     yield from _of_recall(release, floor)
-    commits = list(read_commits(store, _standing(store, release.encoder)))
+    commits = list(read_commits(store, standing_commits(store, release.encoder)))
     yield from _of_rejects(store, commits)
     yield from _of_counts(store, release, commits)
 
@@ -122,12 +135,6 @@ def _of_recall(release: Release, floor: float) -> Iterator[Obstacle]:
         )
 
 
-def _standing(store: Store, encoder: str) -> list[CommitRef]:
-    """Of each shard's versions the highest generation."""
-    refs = sorted(list_commits(store, encoder), key=lambda ref: ref.generation)
-    return list({(ref.shard, ref.version): ref for ref in refs}.values())
-
-
 def _of_rejects(store: Store, commits: list[Commit]) -> Iterator[Obstacle]:
     counts = [count for commit in commits for count in commit.counts.values()]
     items, rejected = sum(count.items for count in counts), sum(count.rejected for count in counts)
@@ -148,7 +155,7 @@ def _of_counts(store: Store, release: Release, commits: list[Commit]) -> Iterato
             f"its index shards hold {held:,} vectors, its parts {release.parts.rows:,}", "Index again with --force."
         )
     committed = {part.final: part.rows for commit in commits for part in commit.parts}
-    indexed = {release.parts.path(part): part.rows for part in release.parts.ranges}
+    indexed = {release.parts.path(part): part.rows for part in release.parts.ranges if not part.gone}
     if strays := [path for path, rows in indexed.items() if committed.get(path) != rows]:
         yield Obstacle(
             f"{len(strays):,} of its {len(indexed):,} parts are not what the commits name now ({strays[0]})",
@@ -178,6 +185,11 @@ def delete_release(store: Store, folder: str, version: str) -> None:
     """Its manifest first: from then on it is no release, and should this die, `vecmill collect` clears the rest."""
     store.delete([f"{folder}/{version}/{MANIFEST}"])
     store.delete_folder(f"{folder}/{version}")
+
+
+def withdraw(store: Store, folder: str) -> None:
+    """Leaves an index without a current release."""
+    store.delete([f"{folder}/{POINTER}"])
 
 
 @dataclass(frozen=True)

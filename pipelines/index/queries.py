@@ -6,6 +6,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 
 import numpy as np
+from numpy.typing import NDArray
 
 from pipelines.config import IndexConfig
 from pipelines.index.parts import Ids, NoVectorsError, Parts, Vectors, embeddings_folder, list_parts, pick, shard_of
@@ -15,8 +16,8 @@ from pipelines.storage import Store
 
 @dataclass(frozen=True)
 class Queries:
-    """What recall is measured with. kinds: float32 [q, dim] by modality, the index's own first, whose
-    ids are `ids`."""
+    """What recall is measured with. kinds: float32 [q, dim] by modality, the index's own first.
+    ids: int64 of the first queries, those that are in the index."""
 
     kinds: dict[str, Vectors]
     ids: Ids
@@ -34,6 +35,15 @@ class Queries:
         """So many of the index's own."""
         kind = next(iter(self.kinds))
         return Queries({kind: self.kinds[kind][:count]}, self.ids[:count])
+
+    def where(self, kept: NDArray[np.bool_]) -> Queries:
+        """Those of the flags, one a query; kinds of which none is left are left out."""
+        kinds = {kind: self.kinds[kind][kept[rows]] for kind, rows in self.slices().items()}
+        return Queries({kind: asked for kind, asked in kinds.items() if len(asked)}, self.own[kept])
+
+    def followed_by(self, more: Queries) -> Queries:
+        """more: of other kinds."""
+        return Queries({**self.kinds, **more.kinds}, np.concatenate([self.own, more.own]))
 
     def slices(self) -> dict[str, slice]:
         ends = np.cumsum([len(asked) for asked in self.kinds.values()])

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 
 import faiss
@@ -11,10 +11,12 @@ from numpy.typing import NDArray
 
 from pipelines.index.choose import METRICS
 from pipelines.index.parts import Ids, Vectors
+from pipelines.index.selection import Selection
 
 DEPTHS = (1, 10, 100)
 EXACT_METRICS = ("ip", "l2", "cosine", "l1")
 LARGER_IS_NEARER = ("ip", "cosine")
+TIES = (16, 512, 16_384)
 ROUNDING = 2e-6
 """Relative difference of two float32 scores of the same vector, as two ways of summing give it."""
 
@@ -32,6 +34,10 @@ class Top:
     def of(self, queries: slice) -> Top:
         return Top(self.ids[queries], self.scores[queries])
 
+    def between(self, first: int, stop: int) -> Top:
+        """Of each query's the ranks from `first`, counted from 0, to before `stop`."""
+        return Top(self.ids[:, first:stop], self.scores[:, first:stop])
+
 
 def merge(tops: Iterable[Top], k: int, metric: str) -> Top:
     """The best k of several; equal scores in order of id, so that the cut into shards does not show."""
@@ -46,6 +52,24 @@ def best_first(ids: Ids, scores: Vectors, k: int, metric: str) -> Top:
     worst_last = np.where(ids < 0, np.inf, -scores if metric in LARGER_IS_NEARER else scores)
     order = np.lexsort((ids, worst_last), axis=1)[:, :k]
     return Top(np.take_along_axis(ids, order, axis=1), np.take_along_axis(scores, order, axis=1))
+
+
+def with_ties(ask: Callable[[int], Top], k: int) -> Top:
+    """The k best of what gives so many as it is asked for; equal scores in order of id, at the cut too.
+
+    FAISS leaves open which of several equal ones it gives. Where they go on beyond the k-th, it is asked for more of
+    them, up to TIES.
+    """
+    for more in TIES:
+        top = ask(k + more)
+        if top.ids.shape[1] < k + more or not _tied(top, k):
+            break
+    return top.between(0, k)
+
+
+def _tied(top: Top, k: int) -> bool:
+    """Whether, for any query, what is equal to the k-th may go on beyond the last."""
+    return bool(((top.scores[:, k - 1] == top.scores[:, -1]) & (top.ids[:, -1] >= 0)).any())
 
 
 def empty_top(queries: int) -> Top:
@@ -69,12 +93,31 @@ def _unit(vectors: Vectors) -> Vectors:
     return np.asarray(vectors / np.where(lengths > 0, lengths, 1), np.float32)
 
 
-def exact(queries: Vectors, batches: Iterable[tuple[int, Vectors]], k: int, metric: str) -> Top:
-    """The exact k nearest, in one pass over `batches` with memory for one of them."""
+def exact(
+    queries: Vectors, batches: Iterable[tuple[int, Vectors]], k: int, metric: str, among: Selection | None = None
+) -> Top:
+    """The exact k nearest (among what may be found), in one pass over `batches` with memory for one of them."""
     best = empty_top(len(queries))
-    for first, batch in batches:
-        best = merge([best, exact_in_batch(queries, first, batch, k, metric)], k, metric)
+    for ids, batch in _allowed(batches, 1, among):
+        best = merge([best, _renamed(exact_in_batch(queries, 0, batch, k, metric), ids)], k, metric)
     return best
+
+
+def _allowed(
+    batches: Iterable[tuple[int, Vectors]], count: int, among: Selection | None
+) -> Iterator[tuple[Ids, Vectors]]:
+    """(int64 ids [n], float32 [n * count, dim]) of what may be found."""
+    for first, batch in batches:
+        ids = np.arange(first, first + len(batch) // count)
+        if among is not None:
+            kept = among.mask(first, first + len(ids))
+            ids, batch = ids[kept], batch[np.repeat(kept, count)]
+        if len(ids):
+            yield ids, batch
+
+
+def _renamed(top: Top, ids: Ids) -> Top:
+    return Top(ids[top.ids], top.scores)
 
 
 def max_similarity(queries: Vectors, first: int, batch: Vectors, count: int, k: int) -> Top:
@@ -96,11 +139,13 @@ def _similarities(query: Vectors, batch: Vectors, count: int) -> Vectors:
     return scores
 
 
-def exact_of_several(queries: Vectors, batches: Iterable[tuple[int, Vectors]], count: int, k: int) -> Top:
-    """The k of highest `max_similarity`, in one pass over `batches`."""
+def exact_of_several(
+    queries: Vectors, batches: Iterable[tuple[int, Vectors]], count: int, k: int, among: Selection | None = None
+) -> Top:
+    """The k of highest `max_similarity` (among what may be found), in one pass over `batches`."""
     best = empty_top(len(queries))
-    for first, batch in batches:
-        best = merge([best, max_similarity(queries, first, batch, count, k)], k, "ip")
+    for ids, batch in _allowed(batches, count, among):
+        best = merge([best, _renamed(max_similarity(queries, 0, batch, count, k), ids)], k, "ip")
     return best
 
 

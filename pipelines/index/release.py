@@ -13,6 +13,7 @@ import faiss
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from pipelines.errors import IndexBuildError
+from pipelines.index.drift import Drift
 from pipelines.index.parts import Parts
 from pipelines.storage import Store, is_whole_json
 
@@ -20,6 +21,7 @@ FORMAT = 1
 MANIFEST, CLAIM, POINTER, REPORT = "manifest.json", "build.json", "CURRENT", "report.md"
 CHART = "curve.svg"
 PUBLISHED = "published"
+TRAINED = "trained.faiss"
 _VERSION = re.compile(r"v\d{4,}")
 
 
@@ -49,6 +51,16 @@ class IndexShard(BaseModel):
     bytes: int
     sha256: str
     side: SideFile | None = None
+
+
+class KeptFile(BaseModel):
+    """Another file of a release."""
+
+    model_config = ConfigDict(frozen=True)
+
+    file: str
+    bytes: int
+    sha256: str
 
 
 class Recall(BaseModel):
@@ -107,7 +119,10 @@ class Release(BaseModel):
     id_space: one higher each time that ids start anew; within one, an id means the same vector.
     search_params: as FAISS's ParameterSpace reads them. settings: the index settings it was made by.
     seconds, peak_mib: of each stage. bytes_per_vector: of the FAISS files (`index`) and the side files (`rerank`).
+    query_ms, batch_query_ms: of a query alone, and of one of 32 asked at once, 0 where that was not measured.
     round_trips: sampled ids that led back to part, row and key, and to the very vector that was indexed.
+    trained: the empty index that every index shard started from. asked: what recall was measured with.
+    grown_from: the release whose index shards are in it. drift: of what was added to them.
     """
 
     model_config = ConfigDict(frozen=True)
@@ -135,31 +150,50 @@ class Release(BaseModel):
     rerank: Rerank | None = None
     curve: tuple[CurvePoint, ...] = ()
     round_trips: int = 0
+    trained: KeptFile | None = None
+    asked: KeptFile | None = None
+    grown_from: str | None = None
+    drift: Drift | None = None
+    batch_query_ms: float = 0.0
 
     @property
     def folder(self) -> str:
         return f"{index_folder(self.encoder, self.modality)}/{self.version}"
 
     @property
-    def files(self) -> list[IndexShard | SideFile]:
-        return [file for shard in self.shards for file in (shard, shard.side) if file]
+    def files(self) -> list[IndexShard | SideFile | KeptFile]:
+        shards = [file for shard in self.shards for file in (shard, shard.side) if file]
+        return [*shards, *(file for file in (self.trained, self.asked) if file)]
 
 
 def index_folder(encoder: str, modality: str) -> str:
     return f"index/{encoder}/{modality}"
 
 
-def claim_version(store: Store, folder: str, attempt: str) -> str:
-    """The name of a version that no other builder has or will get: `v0001` or the next free."""
+def index_homes(store: Store) -> list[tuple[str, str]]:
+    """(encoder, modality) of every index that was ever begun."""
+    paths = (name.split("/") for name in store.names("index"))
+    return sorted({(path[0], path[1]) for path in paths if len(path) > 2})
+
+
+def claim_version(store: Store, folder: str, attempt: str, plan: str = "") -> str:
+    """The name of a version that no other builder gets: `v0001` or the next free. plan: digest of what it will be."""
     taken = {name.split("/")[0] for name in store.names(folder)}
     number = max((int(name[1:]) for name in taken if _VERSION.fullmatch(name)), default=0)
     while True:
         number += 1
         version = f"v{number:04d}"
-        path, claim = f"{folder}/{version}/{CLAIM}", json.dumps({"attempt": attempt}).encode()
+        path, claim = f"{folder}/{version}/{CLAIM}", json.dumps({"attempt": attempt, "plan": plan}).encode()
         # Not put, and yet ours: the acknowledgement of an earlier try was lost.
         if store.put_if_absent(path, claim) or store.read(path) == claim:
             return version
+
+
+def planned(store: Store, folder: str, version: str) -> str | None:
+    """The digest that a version was claimed with; None where it is gone."""
+    with suppress(FileNotFoundError):
+        return str(json.loads(store.read(f"{folder}/{version}/{CLAIM}", is_whole_json)).get("plan"))
+    return None
 
 
 def unfinished(store: Store, folder: str) -> list[str]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
 
+from pipelines.index.drift import Drift
 from pipelines.index.recall import DEPTHS
 from pipelines.index.release import CHART, CurvePoint, Release
 
@@ -18,13 +19,27 @@ def markdown(release: Release) -> str:
 
 
 def _facts(release: Release) -> Iterator[str]:
-    yield f"- made {release.made}: {release.parts.rows:,} vectors of {release.parts.dim} dimensions"
+    yield f"- made {release.made}: {release.parts.standing:,} vectors of {release.parts.dim} dimensions"
     yield f"- {len(release.shards)} index shards, {sum(file.bytes for file in release.files):,} bytes"
     yield f"- key `{release.index_key}`, metric {release.metric}, parameters `{release.search_params or 'none'}`"
+    if gone := release.parts.rows - release.parts.standing:
+        yield f"- {gone:,} more vectors, in {len(release.parts.gone):,} parts that are gone, are never found"
+    if release.grown_from:
+        yield f"- grown from {release.grown_from}{_drift_of(release)}"
+    if release.batch_query_ms:
+        yield f"- {release.query_ms:.2f} ms a query alone, {release.batch_query_ms:.2f} of 32 at once"
     for name, size in release.bytes_per_vector.items():
         held = release.rerank.coding.dtype if release.rerank and name == "rerank" else "the index itself"
         yield f"- {size:,.1f} bytes a vector: {name} ({held})"
     yield f"- {release.round_trips} sampled ids led back to their part, row, key and vector"
+
+
+def _drift_of(release: Release) -> str:
+    return f"; {drift_line(release.drift)}" if release.drift else ""
+
+
+def drift_line(found: Drift) -> str:
+    return f"error of the {found.of}: {found.new:.4f} for new vectors, {found.old:.4f} for old ({found.ratio:.2f}x)"
 
 
 def _recall(release: Release) -> Iterator[str]:

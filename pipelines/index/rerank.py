@@ -18,9 +18,10 @@ from numpy.typing import NDArray
 
 from pipelines.config import IndexConfig
 from pipelines.errors import IndexBuildError
+from pipelines.index.cache import Cache, on_disk
 from pipelines.index.choose import holds_codes
 from pipelines.index.parts import BATCH_BYTES, Ids, Vectors
-from pipelines.index.recall import Top, best_first
+from pipelines.index.recall import Top, best_first, empty_top
 from pipelines.index.release import Coding, IndexShard, Release, SideFile
 from pipelines.storage import Store
 
@@ -118,14 +119,23 @@ class StoredVectors:
     """The vectors of some index shards by FAISS id, from their side files.
 
     A local side file is mapped, and stays readable for as long as this is held, whatever becomes of the release;
-    a remote one is read in ranges. Raises: IndexBuildError where one is gone or not of its size.
+    a remote one is read in ranges, or is mapped as well once it is in the cache, where one is given.
+    Raises: IndexBuildError where one is gone or not of its size.
     """
 
-    def __init__(self, store: Store, folder: str, shards: Sequence[IndexShard], coding: Coding, dim: int) -> None:
+    def __init__(
+        self,
+        store: Store,
+        folder: str,
+        shards: Sequence[IndexShard],
+        coding: Coding,
+        dim: int,
+        cache: Cache | None = None,
+    ) -> None:
         self.coding, self.dim = coding, dim
         self._ends = np.array([shard.first_id + shard.rows for shard in shards], np.int64)
         self._firsts = [shard.first_id for shard in shards]
-        self._rows = [_open(store, folder, shard, coding, dim) for shard in shards]
+        self._rows = [_open(store, folder, shard, coding, dim, cache) for shard in shards]
 
     def take(self, ids: Ids) -> Vectors:
         """float32 [n, dim] of ascending int64 ids, all of these shards."""
@@ -137,25 +147,28 @@ class StoredVectors:
         return found
 
 
-def stored_vectors(store: Store, release: Release) -> StoredVectors | None:
-    """All of a release's, None where it has no side files."""
+def stored_vectors(store: Store, release: Release, cache: Cache | None = None) -> StoredVectors | None:
+    """All of a release's, None where it has no side files. They go into the cache if all of the release fits there."""
     if release.rerank is None:
         return None
-    return StoredVectors(store, release.folder, release.shards, release.rerank.coding, release.parts.dim)
+    if cache and sum(file.bytes for file in release.files) > cache.max_bytes:
+        cache = None
+    return StoredVectors(store, release.folder, release.shards, release.rerank.coding, release.parts.dim, cache)
 
 
-def _open(store: Store, folder: str, shard: IndexShard, coding: Coding, dim: int) -> Rows:
+def _open(store: Store, folder: str, shard: IndexShard, coding: Coding, dim: int, cache: Cache | None) -> Rows:
     if shard.side is None:
         raise IndexBuildError(f"{store.uri(folder)}/{shard.file} has no vectors beside it", "Search with --rerank 0.")
     path = f"{folder}/{shard.side.file}"
     try:
-        size = store.stat(path).bytes
+        local = on_disk(store, path, shard.side, cache)
+        size = shard.side.bytes if local else store.stat(path).bytes
     except FileNotFoundError:
         raise IndexBuildError(f"{store.uri(path)} is gone", "Search with --rerank 0, or index again.") from None
     if size != shard.side.bytes:
         raise IndexBuildError(f"{store.uri(path)} is not what its manifest says", "Index again with --force.")
     dtype = np.dtype(coding.dtype)
-    if local := store.local_path(path):
+    if local:
         mapped = np.memmap(local, dtype, "r", shard.side.header, (shard.rows, dim))
         return partial(_of_map, mapped)
     return partial(_of_ranges, store, path, shard.side.header, dtype, dim)
@@ -241,3 +254,22 @@ def rescored(ids: Ids, scores: Vectors, k: int, metric: str) -> Top:
 def rerank(queries: Vectors, found: Top, stored: StoredVectors, k: int, metric: str) -> Top:
     """The best k of what was found of float32 [q, dim] queries, by the stored vectors."""
     return rescored(found.ids, scores_of(queries, found.ids, stored, metric), k, metric)
+
+
+def rerank_in_blocks(
+    queries: Vectors, found: Top, stored: StoredVectors, k: int, size: int, blocks: int, metric: str
+) -> Top:
+    """k × blocks hits, of which each k are the best of `size` more candidates that are left.
+
+    So a longer list begins with the shorter one, which it would not if more candidates could get to the front.
+    """
+    scores = scores_of(queries, found.ids, stored, metric)
+    rest = empty_top(len(queries))
+    best = []
+    for start in range(0, blocks * size, size):
+        ids = np.concatenate([rest.ids, found.ids[:, start : start + size]], axis=1)
+        pool = np.concatenate([rest.scores, scores[:, start : start + size]], axis=1)
+        ranked = rescored(ids, pool, ids.shape[1], metric)
+        best.append(ranked.between(0, k))
+        rest = ranked.between(k, ids.shape[1])
+    return Top(np.concatenate([top.ids for top in best], axis=1), np.concatenate([top.scores for top in best], axis=1))

@@ -13,7 +13,17 @@ import pyarrow.parquet as pq
 
 from pipelines.contracts import SAMPLES_FAMILY
 from pipelines.errors import IndexBuildError, LedgerError
-from pipelines.index.parts import PartRange, Parts, ReplacedError, Vectors, open_part, shard_of, take, vectors
+from pipelines.index.parts import (
+    PartRange,
+    Parts,
+    ReplacedError,
+    Vectors,
+    open_part,
+    shard_of,
+    take,
+    vectors,
+    version_of,
+)
 from pipelines.index.release import Release
 from pipelines.storage import Store
 
@@ -42,6 +52,7 @@ class Origin:
     offset: int | None
     length: int | None
     row_group: int | None
+    sha256: str | None
     captions: list[str | None]
     label: str | None
     metadata: str | None
@@ -119,7 +130,7 @@ def _of_part(store: Store, parts: Parts, part: PartRange, ids: list[int]) -> lis
     ]
 
 
-_SAMPLE = ["uri", "offset", "length", "row_group", "captions", "label", "metadata"]
+_SAMPLE = ["uri", "offset", "length", "row_group", "sha256", "captions", "label", "metadata"]
 
 
 def samples_of(store: Store, name: str, keys: dict[int, str]) -> dict[int, dict[str, Any]]:
@@ -128,7 +139,7 @@ def samples_of(store: Store, name: str, keys: dict[int, str]) -> dict[int, dict[
     keys: of those rows, as the part has them. Raises: ReplacedError where the shard's samples are not there,
     LedgerError where they lack a row or have another key for it.
     """
-    path = _samples_path(store, name)
+    path = samples_path(store, name)
     with open_part(store, path) as stream:
         table = pq.read_table(
             stream,
@@ -148,11 +159,11 @@ def samples_of(store: Store, name: str, keys: dict[int, str]) -> dict[int, dict[
     return found
 
 
-def _samples_path(store: Store, name: str) -> str:
+def samples_path(store: Store, name: str) -> str:
     """Of the same generation as the part, which is the rule; else the highest there is."""
     if store.exists(f"{SAMPLES_FAMILY}/{name}"):
         return f"{SAMPLES_FAMILY}/{name}"
-    shard, version = shard_of(name), name.split(".")[1]
+    shard, version = shard_of(name), version_of(name)
     others = store.glob(f"{SAMPLES_FAMILY}/part-{shard}.{version}.*.parquet")
     if not others:
         raise ReplacedError(

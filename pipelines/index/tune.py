@@ -5,9 +5,11 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from time import perf_counter
 from typing import Any
 
 import faiss
+import numpy as np
 from autofaiss.external.optimize import binary_search_on_param, get_optimal_hyperparameters
 from autofaiss.indices.index_utils import speed_test_ms_per_query
 
@@ -19,6 +21,7 @@ _AUTOFAISS = r"OPQ\d+_\d+,IVF\d+(_HNSW\d+)?,PQ\d+(x\d+)?|HNSW\d+|IVF\d+,Flat|Fla
 MAX_NPROBE = 6_144
 MAX_EF_SEARCH = 16_383
 CHEAP_REACH = 32
+BATCH_QUERIES, NEIGHBOURS = 32, 40
 
 
 def tune(index: Any, key: str, max_query_ms: float) -> str:
@@ -130,3 +133,13 @@ def full_probe(key: str) -> str:
 def query_ms(index: Any, queries: Vectors, seconds: float = 1.0) -> float:
     """Mean milliseconds of one query for 40 neighbours, one at a time, for at most so many seconds."""
     return float(speed_test_ms_per_query(index, queries, timout_s=seconds))
+
+
+def batch_query_ms(index: Any, queries: Vectors, seconds: float = 1.0) -> float:
+    """Mean milliseconds of one query for 40 neighbours, BATCH_QUERIES at a time, for about so many seconds."""
+    batch = np.resize(queries, (BATCH_QUERIES, queries.shape[1]))
+    started, asked = perf_counter(), 0
+    while not asked or perf_counter() - started < seconds:
+        index.search(batch, NEIGHBOURS)
+        asked += BATCH_QUERIES
+    return 1e3 * (perf_counter() - started) / asked

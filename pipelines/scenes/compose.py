@@ -16,13 +16,13 @@ from pipelines.scenes.shapes import paint
 SIDE_PIXELS = (160, 256)
 OVERSAMPLING = 2
 GRAIN = 0.03
-OPENINGS = ("", "", "a picture of ", "a drawing of ", "there is ", "an image with ")
-COUNTED = {1: "one shape", 2: "two shapes", 3: "three shapes"}
+OPENINGS = ("", "", "", "a picture of ", "a drawing of ", "there is ", "an image with ", "a scene showing ", "you see ")
+COUNTED = {1: "one shape", 2: "two shapes", 3: "three shapes", 4: "four shapes"}
 
 
 @dataclass(frozen=True)
 class Scene:
-    """image: RGB, each side 160 to 256 pixels. captions: two or three, all true. objects: what was
+    """image: RGB, each side 160 to 256 pixels. captions: two to four, all true. objects: what was
     drawn, as plain JSON: the backdrop, the relation, and each object's look and place."""
 
     image: Image.Image
@@ -54,8 +54,9 @@ def _captions(backdrop: Backdrop, layout: Layout, rng: Random) -> list[str]:
         f"{opening}{rng.choice(layout.full)}",
         f"{rng.choice(layout.short)} on {backdrop.phrase()}",
         f"{COUNTED[len(layout.things)]}: {_listed([thing.phrase(rng.random() < 0.5) for thing in layout.things])}",
+        f"{rng.choice(('on', 'against'))} {backdrop.phrase()}, {rng.choice(layout.full)}",
     ]
-    return captions[: rng.choice((2, 3))]
+    return [captions[0], *rng.sample(captions[1:], rng.choice((1, 2, 3)))]
 
 
 def _listed(phrases: list[str]) -> str:

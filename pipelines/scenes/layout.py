@@ -22,6 +22,13 @@ PAIRS: dict[str, tuple[Point, Point]] = {
     "to the left of": ((0.26, 0.5), (0.74, 0.5)),
     "to the right of": ((0.74, 0.5), (0.26, 0.5)),
 }
+SAID = {
+    "above": ("above", "above", "over", "on top of"),
+    "below": ("below", "below", "under", "beneath"),
+    "to the left of": ("to the left of", "to the left of", "left of"),
+    "to the right of": ("to the right of", "to the right of", "right of"),
+}
+"""How a relation may be put; the first ones more often."""
 OPPOSITE = dict(zip(PAIRS, ("below", "above", "to the right of", "to the left of"), strict=True))
 LINES: dict[str, list[Point]] = {
     "from left to right": [(0.16, 0.5), (0.5, 0.5), (0.84, 0.5)],
@@ -67,8 +74,8 @@ class Kit:
 
 
 def choose_layout(rng: Random, colours: list[str]) -> Layout:
-    """One, two or three objects, of at least three `colours` to choose from."""
-    plan = rng.choices((_alone, _pair, _inside, _line, _trio), (3, 6, 3, 3, 3))[0]
+    """One to four objects, of at least four `colours` to choose from."""
+    plan = rng.choices((_alone, _pair, _inside, _line, _trio, _corners), (3, 6, 3, 3, 3, 2))[0]
     return plan(Kit(rng, colours))
 
 
@@ -82,12 +89,13 @@ def _alone(kit: Kit) -> Layout:
 def _pair(kit: Kit) -> Layout:
     relation = kit.rng.choice(list(PAIRS))
     one, two = (kit.thing(at, ("small", "", "big")) for at in PAIRS[relation])
-    return Layout([one, two], relation, *(_both_ways(one, two, relation, fully) for fully in (True, False)))
+    ways = [kit.rng.choice(SAID[way]) for way in (relation, OPPOSITE[relation])]
+    return Layout([one, two], relation, *(_both_ways(one, two, ways, fully) for fully in (True, False)))
 
 
-def _both_ways(one: Thing, two: Thing, relation: str, full: bool) -> list[str]:
+def _both_ways(one: Thing, two: Thing, ways: list[str], full: bool) -> list[str]:
     first, second = one.phrase(full), two.phrase(full)
-    return [f"{first} {relation} {second}", f"{second} {OPPOSITE[relation]} {first}"]
+    return [f"{first} {ways[0]} {second}", f"{second} {ways[1]} {first}"]
 
 
 def _inside(kit: Kit) -> Layout:
@@ -123,3 +131,15 @@ def _trio(kit: Kit) -> Layout:
         return [f"{one} {relation} {two} and {three}", f"{two} next to {three}, and {one} {relation} them"]
 
     return Layout(things, relation, said(True), said(False))
+
+
+def _corners(kit: Kit) -> Layout:
+    places = [(0.26, 0.26), (0.74, 0.26), (0.26, 0.74), (0.74, 0.74)]
+    things = [kit.thing(at, ("small", "")) for at in places]
+    over, under = kit.rng.choice(SAID["above"]), kit.rng.choice(SAID["below"])
+
+    def said(full: bool) -> list[str]:
+        one, two, three, four = (thing.phrase(full) for thing in things)
+        return [f"{one} and {two} {over} {three} and {four}", f"{three} next to {four}, {under} {one} and {two}"]
+
+    return Layout(things, "in four corners", said(True), said(False))

@@ -156,6 +156,12 @@ def _heart() -> list[Point]:
     return [at(2 * pi * k / 64) for k in range(64)]
 
 
+def _drop() -> list[Point]:
+    """A tip above a round belly, as the two tangents from one to the other."""
+    belly = [(0.62 * cos(angle * pi / 180), 0.36 + 0.62 * sin(angle * pi / 180)) for angle in range(-27, 208, 5)]
+    return [(0, -1), *belly]
+
+
 def _turned(point: Point, degrees: float) -> Point:
     c, s = cos(degrees * pi / 180), sin(degrees * pi / 180)
     return point[0] * c - point[1] * s, point[0] * s + point[1] * c
@@ -170,6 +176,8 @@ SHAPES: dict[str, list[Layer]] = {
     "star": [(_star(), 255)],
     "cross": [(_cross(), 255)],
     "heart": [(_heart(), 255)],
+    "arrow": [([(0, -0.98), (0.7, -0.1), (0.27, -0.1), (0.27, 0.92), (-0.27, 0.92), (-0.27, -0.1), (-0.7, -0.1)], 255)],
+    "drop": [(_drop(), 255)],
     "ring": [(_ngon(96), 255), (_ngon(96, 0.62), 0)],
     "moon": [(_ngon(96), 255), (_ngon(96, 0.8, x=0.46, y=-0.12), 0)],
 }

@@ -1,17 +1,21 @@
 """Runs on a cluster of several nodes on this machine, one after the other; in a process of its own.
 
-`python -m tests.fault.nodes JOBS.json`: a list of {"recipe": {…}, "kill": TITLE or null}. With a title, the
-node that holds the process whose Ray title contains it is killed after the first commit.
-Prints, for each, {"items": …, "done": shards done by then, "nodes": {operator: nodes that worked on it}}.
+`python -m tests.fault.nodes JOBS.json`: a list of {"recipe": {…}, "kill": TITLE, SEED or null}. With a title, the
+node that holds the process whose Ray title contains it is killed after the first commit; with a seed, nodes drawn at
+random are killed at random moments, and each is replaced.
+Prints, for each, {"items": …, "done": shards done at each kill, "nodes": {operator: nodes that worked on it}}.
 """
 
 from __future__ import annotations
 
 import json
+import random
 import re
 import sys
 import tempfile
 import threading
+import time
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from pathlib import Path
@@ -29,6 +33,8 @@ from pipelines.storage import Store
 
 NODES, CPUS = 3, 2
 NODE: dict[str, Any] = {"num_cpus": CPUS, "object_store_memory": 150 * 2**20}
+KILLS = 3
+"""Of one run at most, at random moments."""
 
 
 def main(jobs: list[dict[str, Any]]) -> None:
@@ -39,37 +45,65 @@ def main(jobs: list[dict[str, Any]]) -> None:
             cluster.add_node(**NODE)
         ray.init(cluster.address, log_to_driver=False)
         try:
-            print(json.dumps([run(cluster, **job) for job in jobs]))
+            print(json.dumps(run_all(cluster, jobs)))
         finally:
             ray.shutdown()
             cluster.shutdown()
 
 
-def run(cluster: Any, recipe: dict[str, Any], kill: str | None) -> dict[str, Any]:
+def run_all(cluster: Any, jobs: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """One after the other; random moments are drawn from as long as the first took."""
+    ended, span_s = [], 0.0
+    for job in jobs:
+        began = time.monotonic()
+        ended.append(run(cluster, span_s=span_s, **job))
+        span_s = span_s or time.monotonic() - began
+    return ended
+
+
+def run(cluster: Any, recipe: dict[str, Any], kill: str | int | None, span_s: float) -> dict[str, Any]:
     prepared = prepare(validate(RunConfig, recipe), Resources(NODES * CPUS, 0, NODES, CPUS))
     kept: list[Any] = []
     build = pipelines.embed.pipeline
     pipelines.embed.pipeline = lambda *args: kept.append(build(*args)) or kept[-1]
     ended = threading.Event()
     with ThreadPoolExecutor(1) as pool:
-        killer = pool.submit(kill_node, cluster, prepared.store, kill, ended) if kill else None
+        killer = pool.submit(kill_nodes, cluster, prepared.store, kill, span_s, ended)
         try:
             report = pipelines.embed.embed(prepared)
         finally:
             ended.set()
     pipelines.embed.pipeline = build
-    done = killer.result() if killer else None
-    return {"items": report["encoders"]["clip"]["items"], "done": done, "nodes": nodes_used(kept[0]._write_ds.stats())}
+    nodes = nodes_used(kept[0]._write_ds.stats())
+    return {"items": report["encoders"]["clip"]["items"], "done": killer.result(), "nodes": nodes}
+
+
+def kill_nodes(cluster: Any, store: Store, kill: str | int | None, span_s: float, ended: threading.Event) -> list[int]:
+    """How many shards were done each time that a node was dead."""
+    if isinstance(kill, int):
+        return list(kill_at_random(cluster, store, random.Random(kill), span_s, ended))
+    return [kill_node(cluster, store, kill, ended)] if kill else []
 
 
 def kill_node(cluster: Any, store: Store, title: str, ended: threading.Event) -> int:
-    """How many shards were done when the node was dead."""
     while not commits(store) and not ended.wait(0.02):
         pass
     raylet = raylet_of(title)
     (node,) = (node for node in cluster.worker_nodes if node.all_processes["raylet"][0].process.pid == raylet)
     cluster.remove_node(node, allow_graceful=False)
     return commits(store)
+
+
+def kill_at_random(
+    cluster: Any, store: Store, moments: random.Random, span_s: float, ended: threading.Event
+) -> Iterator[int]:
+    """Any node but the head, on which the driver is; another takes its place."""
+    for _ in range(KILLS):
+        if ended.wait(moments.uniform(0, span_s / 2)):
+            return
+        cluster.remove_node(moments.choice([*cluster.worker_nodes]), allow_graceful=False)
+        yield commits(store)
+        cluster.add_node(**NODE)
 
 
 def commits(store: Store) -> int:

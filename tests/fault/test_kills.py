@@ -14,6 +14,7 @@ from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 
+import numpy as np
 import psutil
 import pytest
 
@@ -23,7 +24,9 @@ from pipelines.verify import problems
 from tests.fault.rig import Rig
 from tests.fault.victims import TITLES, worker_of, workers
 from tests.flow.command import TIMEOUT_S, Command, vecmill
+from tests.flow.runs import rows
 from tests.s3_proxy import Trap
+from tests.traces import Sought, traces
 
 pytestmark = pytest.mark.timeout(3 * TIMEOUT_S)
 
@@ -82,8 +85,15 @@ RETIRING: dict[str, MakeTrap] = {
     "before its samples go": driver_dies("DELETE", "/samples/part-"),
     "after its commit has gone": driver_dies("DELETE", "/commits/", after=True),
 }
+COMPACTED = "while a compaction writes parts without what was taken down"
+COMPACTING: dict[str, MakeTrap] = {
+    "before the commit": driver_dies("PUT", r"/commits/samples/.*\.1\.json$"),
+    "after the commit, before the parts are placed": driver_dies("PUT", r"/commits/clip/.*\.1\.json$", after=True),
+    "between two parts": driver_dies("PUT", r"/embeddings/clip/.*\.1\.parquet$", after=True),
+    "while the old ones go": driver_dies("DELETE", r"/embeddings/clip/.*\.0\.parquet$", after=True),
+}
 INDEXING: dict[str, MakeTrap] = {
-    "while an index is filled": driver_dies("PUT", r"\.faiss$", after=True, at=2),
+    "while an index is filled": driver_dies("PUT", r"/shard-\d+\.npz$", after=True),
     "after an index's manifest, before `CURRENT` points at it": driver_dies("PUT", "/CURRENT$"),
 }
 
@@ -91,7 +101,7 @@ INDEXING: dict[str, MakeTrap] = {
 def test_the_readme_tells_of_each_of_these_steps() -> None:
     table = re.findall(r"^\| (while|after|just before)([^|]*) \|", README.read_text(), re.MULTILINE)
     told = {f"{first}{rest}" for first, rest in table}
-    assert told == {*STEPS, CHANGED, *INDEXING}
+    assert told == {*STEPS, CHANGED, COMPACTED, *INDEXING}
 
 
 def killed_at(rig: Rig, output: str, steps: dict[str, MakeTrap]) -> None:
@@ -140,6 +150,33 @@ def test_killed_while_an_older_version_is_taken_away(rig: Rig, step: str) -> Non
     rig.require_right(name, f"{name}-reference")
 
 
+def test_a_compaction_killed_at_four_steps_ends_like_one_left_alone(rig: Rig) -> None:
+    """Each of the steps kills one run of the same command; then nothing of the sample is left, and all else is."""
+    store, reference = rig.store("compacted"), rig.store("reference")
+    for name in reference.names(""):
+        if not name.startswith(("index/", "leases/")):
+            store.put_atomic(name, reference.read(name))
+    sample = next(row for row in rows(store, "samples") if row["row"] == 5)
+    image, text = (
+        [row["embedding"] for row in rows(store, f"embeddings/clip/{modality}") if row["key"] == sample["key"]]
+        for modality in ("image", "text")
+    )
+    what = Sought([sample["key"]], np.array([*image, *text], np.float32))
+    assert len(image) == 1 and traces(store, what)
+    command = ["remove", rig.recipe("compacted")]
+    vecmill(*command, "--key", sample["key"])
+    for step, trap in COMPACTING.items():
+        status, printed = rig.run("compacted", trap, [*command, "--compact"])
+        assert status == -signal.SIGKILL, f"{step}: the trap did not spring:\n{printed}"
+    vecmill(*command, "--compact")
+    assert traces(store, what) == set() and list(problems(store, deep=True)) == []
+    for dataset in ("samples", "embeddings/clip/image", "rejects/clip"):
+        ours, theirs = (
+            [row for row in rows(one, dataset) if row["key"] != sample["key"]] for one in (store, reference)
+        )
+        assert sorted(map(str, ours)) == sorted(map(str, theirs))
+
+
 @pytest.mark.long
 @pytest.mark.parametrize("row", INDEXING)
 def test_an_index_that_was_killed_is_built_again(rig: Rig, row: str) -> None:
@@ -151,7 +188,9 @@ def test_an_index_that_was_killed_is_built_again(rig: Rig, row: str) -> None:
     status, printed = rig.run("reference", INDEXING[row], command)
     assert status == -signal.SIGKILL, f"the trap did not spring:\n{printed}"
     assert current_version(store, home) == current and read_release(store, "clip", "image").version == current
+    begun = unfinished(store, home)
     vecmill(*command)
+    assert not begun or read_release(store, "clip", "image").version in begun, "it goes on with the same version"
     collect(store)
     assert list(problems(store, deep=True)) == [] and not unfinished(store, home)
     release = read_release(store, "clip", "image")

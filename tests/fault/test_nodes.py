@@ -1,4 +1,4 @@
-"""One job over several nodes, and with a node killed under it: the rows are those of a run on one."""
+"""One job over several nodes, and with nodes killed under it: the rows are those of a run on one."""
 
 from __future__ import annotations
 
@@ -24,7 +24,8 @@ SHARDS, SAMPLES = 8, 160
 # A killed node is noticed soon, and a slow machine's is not taken for dead.
 HEALTH = {"RAY_health_check_period_ms": "1000", "RAY_health_check_failure_threshold": "5"}
 # The node that dies is the encoder's, with whatever else it was doing.
-KILLED = {"left alone": None, "killed": "ray::MapWorker(MapBatches(Encode"}
+AT_RANDOM = {f"at random {seed}": seed for seed in range(4)}
+KILLED = {"left alone": None, "killed": "ray::MapWorker(MapBatches(Encode", **AT_RANDOM}
 
 
 @dataclass(frozen=True)
@@ -59,7 +60,14 @@ def test_shards_are_read_on_several_nodes(ended: Ended) -> None:
 
 
 def test_a_node_died_in_the_middle(ended: Ended) -> None:
-    assert 0 < ended.runs["killed"]["done"] < SHARDS
+    (done,) = ended.runs["killed"]["done"]
+    assert 0 < done < SHARDS
+
+
+def test_nodes_died_at_random_moments(ended: Ended) -> None:
+    done = [shards for case in AT_RANDOM for shards in ended.runs[case]["done"]]
+    print(done)
+    assert len(done) >= len(AT_RANDOM) and len(set(done)) > 1 and min(done) < SHARDS
 
 
 @pytest.mark.parametrize("case", KILLED)

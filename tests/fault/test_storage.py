@@ -2,17 +2,14 @@
 
 from __future__ import annotations
 
-import os
-import shutil
 import subprocess
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
 
 from pipelines.storage import Store
 from pipelines.verify import problems
+from tests.fault.disks import disk_of
 from tests.fault.rig import Rig
 from tests.flow.command import TIMEOUT_S, Command
 from tests.flow.outputs import assert_same
@@ -80,21 +77,6 @@ def test_credentials_that_expire_on_the_way_end_the_run_and_what_is_committed_st
 
 
 # -- a local disk --------------------------------------------------------------------------------
-
-
-@contextmanager
-def disk_of(size: str, folder: Path) -> Iterator[Path]:
-    """A file system of its own, in memory."""
-    if os.geteuid() or not shutil.which("mount"):
-        pytest.skip("a disk of a given size needs root and mount")
-    folder.mkdir()
-    done = subprocess.run(["mount", "-t", "tmpfs", "-o", f"size={size}", "tmpfs", str(folder)], capture_output=True)
-    if done.returncode:
-        pytest.skip(f"no tmpfs can be mounted here: {done.stderr.decode()}")
-    try:
-        yield folder
-    finally:
-        subprocess.run(["umount", "--lazy", str(folder)], check=True)
 
 
 @pytest.mark.long

@@ -30,6 +30,7 @@ from tests.checkpoints import save_hf, save_open_clip
 from tests.checkpoints_beit3 import HEADS, save_beit3
 from tests.checkpoints_blip import save_blip, save_blip2, save_blip2_opt
 from tests.checkpoints_marian import save_marian
+from tests.checkpoints_matcher import save_matcher
 from tests.checkpoints_st import save_st
 from tests.checkpoints_timm import save_timm
 from tests.checkpoints_vision import save_vision
@@ -39,6 +40,7 @@ from tests.unit.encoders.beit3_reference import Beit3Reference
 from tests.unit.encoders.blip_reference import HfBlip, HfBlip2, HfBlip2Opt
 from tests.unit.encoders.inputs import CAPTIONS, ENTITIES, photos, varied
 from tests.unit.encoders.marian_reference import MarianReference
+from tests.unit.encoders.matcher_reference import MatcherReference
 from tests.unit.encoders.reference import HfReference, OpenClipReference, error, spread
 from tests.unit.encoders.st_reference import Naive
 from tests.unit.encoders.vision_reference import (
@@ -121,10 +123,11 @@ ENCODERS = {
     "blip2-tokens": of_blip("blip2:{}?pool=tokens", save_blip2, HfBlip2, "tokens", "projected", "mean_raw"),
     "blip2-opt": Encoder("blip2:{}", save_blip2_opt, lambda path: {"image": HfBlip2Opt(str(path)).image}),
     "beit3": Encoder(f"beit3:base@{{}}?heads={HEADS}", save_beit3, lambda path: both(Beit3Reference(path))),
+    "matcher": Encoder("matcher:{}", save_matcher, lambda path: both(MatcherReference(path))),
     "st": Encoder("st:{}", partial(save_st, normalize=True), lambda path: {"text": Naive(path)}),
 }
 # One of a family, without batch norms, behind which random weights do not survive bf16.
-IN_HALF = ["open-clip", "siglip2-naflex", "vit", "timm-vit", "blip", "blip2", "beit3", "st"]
+IN_HALF = ["open-clip", "siglip2-naflex", "vit", "timm-vit", "blip", "blip2", "beit3", "matcher", "st"]
 TRANSLATED = ["open-clip", "blip", "st"]
 # By their names in an output that has all: under a new one they pass through each other's actors, vit has no work.
 LATER = {"later-tokens": "blip2-tokens", "vit": "vit", "later-st": "st"}

@@ -108,7 +108,7 @@ def test_the_release_is_whole(output: Path, release: Release) -> None:
     assert not [path for path in (output / "staging").rglob("*") if path.is_file()]
     files = sorted(path.name for path in (output / release.folder).iterdir())
     shards = [f"shard-{at:04d}.{suffix}" for at in range(4) for suffix in ("faiss", "npy")]
-    assert files == ["build.json", "curve.svg", "manifest.json", "report.md", *shards]
+    assert files == ["build.json", "curve.svg", "manifest.json", "report.md", *shards, "trained.faiss", "truth.npz"]
 
 
 def test_every_id_leads_back_to_its_key_and_vector(output: Path, release: Release) -> None:
@@ -168,8 +168,9 @@ def test_re_ranking_is_measured_reported_and_on_by_default(output: Path, release
     assert release.bytes_per_vector["rerank"] == pytest.approx(2 * DIM, rel=0.02)
     assert release.search_params in [point.search_params for point in release.curve] and len(release.curve) >= 2
     assert all(point.reranked["text"] > point.recall["text"] and point.query_ms > 0 for point in release.curve)
-    assert release.round_trips == 64
+    assert release.round_trips == 64 and release.batch_query_ms > 0
     report = (output / release.folder / "report.md").read_text()
+    assert f"{release.batch_query_ms:.2f} of 32 at once" in report
     assert f"{reranked['recall@10']:.3f}" in report and all(point.search_params in report for point in release.curve)
     searcher = Searcher(Store(str(output)), modality="text")
     _, vectors = everything(output, "text")
@@ -292,8 +293,8 @@ def test_mistakes_are_told_before_anything_is_written(ray_local: None, tmp_path:
         build_index(store, ENCODER, "image", IndexConfig(index_key="IVF4,PQ4x4"))
     with pytest.raises(IndexBuildError, match="learns 4,096 clusters"):
         build_index(store, ENCODER, "image", IndexConfig(index_key="IVF4096,Flat"))
-    with pytest.raises(IndexBuildError, match="max_index_memory"):
-        build_index(store, ENCODER, "image", IndexConfig(max_index_memory="1K"))
+    with pytest.raises(IndexBuildError, match="shard_memory"):
+        build_index(store, ENCODER, "image", IndexConfig(shard_memory="1K"))
     assert not (tmp_path / "index").exists() and not (tmp_path / "staging").exists()
 
 

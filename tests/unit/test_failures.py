@@ -74,6 +74,12 @@ def test_our_own_error_comes_out_of_rays_wrapping_as_it_was() -> None:
     assert told(wrapped) is own
 
 
+def test_a_task_that_finds_the_store_full_tells_why_without_its_traceback() -> None:
+    cause = ray.exceptions.OutOfDiskError("Local disk is full")
+    wrapped = ray.exceptions.RayTaskError("read", "Traceback: ...", cause).as_instanceof_cause()
+    assert told(wrapped).what.endswith("the disk that it spills to: Local disk is full")
+
+
 def test_what_nobody_knows_stays_as_it_is() -> None:
     with pytest.raises(ZeroDivisionError), plain_errors(60, lambda: PENDING):
         raise ZeroDivisionError

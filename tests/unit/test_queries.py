@@ -50,6 +50,29 @@ def test_queries_are_embedded_by_the_runs_own_encoder(made: tuple[Store, Encoder
     assert abs(text @ image) < 0.99, "the towers tell them apart"
 
 
+def test_texts_images_examples_and_what_is_not_sought_are_mixed(made: tuple[Store, EncoderSpec]) -> None:
+    spec_ = query_spec(made[0], "clip")
+    dim = spec_.vectors["image"].dim
+    example = np.random.default_rng(1).normal(size=dim).astype(np.float32)
+    asked = [
+        Query("a dog"),
+        Query("a cat"),
+        Query(like="k"),
+        Query("a dog", like="k"),
+        Query("a dog", not_text="a cat"),
+        Query("a dog", not_text="a cat", like="k", text_weight=0.2, not_weight=2.0),
+    ]
+    examples = [None, None, example, example, None, example]
+    dog, cat, alike, *mixed = embed_queries(spec_, asked, 0.25, examples=examples, not_weight=0.4)
+    np.testing.assert_array_equal(alike, example)
+    unit = example / np.linalg.norm(example)
+    wanted = [0.25 * dog + 0.75 * unit, dog - 0.4 * cat, 0.2 * dog + 0.8 * unit - 2 * cat]
+    np.testing.assert_allclose(mixed, [each / np.linalg.norm(each) for each in wanted], atol=1e-5)
+    np.testing.assert_array_equal(embed_queries(None, [asked[2]], examples=[example]), [example])
+    with pytest.raises(InputError, match="cancel out"):
+        embed_queries(spec_, [Query("a dog", not_text="a dog", not_weight=1.0)])
+
+
 @pytest.mark.parametrize(
     ("query", "told"),
     [

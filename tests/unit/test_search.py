@@ -11,9 +11,11 @@ import pytest
 from pipelines.errors import ConfigError, IndexBuildError, InputError
 from pipelines.index import probe
 from pipelines.index.add import fill
+from pipelines.index.cache import opened_shard
 from pipelines.index.choose import cut
 from pipelines.index.parts import ReplacedError, embeddings_folder, list_parts
-from pipelines.index.release import finish, open_shard
+from pipelines.index.release import finish
+from pipelines.index.selection import Selection
 from pipelines.index.train import train
 from pipelines.search import Searcher, choose_encoder
 from pipelines.storage import Store
@@ -181,10 +183,10 @@ class Opened:
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.alive: list[Any] = []
         self.most = 0
-        monkeypatch.setattr(probe, "open_shard", self.open)
+        monkeypatch.setattr(probe, "opened_shard", self.open)
 
     def open(self, *words: Any) -> Any:
-        index = open_shard(*words)
+        index = opened_shard(*words)
         self.alive.append(weakref.ref(index))
         self.most = max(self.most, sum(held() is not None for held in self.alive))
         return index
@@ -213,3 +215,28 @@ def test_searching_imports_no_torch() -> None:
     """A service that gets its queries as vectors needs none."""
     code = "import sys, pipelines.search; print('torch' in sys.modules)"
     assert subprocess.check_output([sys.executable, "-c", code], text=True).strip() == "False"
+
+
+@pytest.mark.parametrize("exact", [True, False])
+def test_only_what_may_be_found_is_found(tmp_path: Path, exact: bool) -> None:
+    store = write_release(tmp_path, shards=3)
+    items, vectors = everything(tmp_path, "image")
+    searcher = Searcher(store, exact=exact, among=lambda parts: Selection.every(parts.rows).without_ranges([(0, 300)]))
+    chosen = Selection.only(len(vectors), np.array([5, 299, 310, 311, 700]))
+    (row,) = searcher.search(vectors[[299]], 10, among=chosen)
+    scores = vectors[[310, 311, 700]] @ vectors[299]
+    assert [hit.id for hit in row] == np.array([310, 311, 700])[np.argsort(-scores)].tolist()
+    assert [hit.key for hit in row] == [items[hit.id].key for hit in row]
+    assert searcher.search(vectors[[299]], 10, among=Selection.none(len(vectors))) == [[]]
+    (rest,) = searcher.search(vectors[[299]], len(vectors))
+    assert sorted(hit.id for hit in rest) == list(range(300, len(vectors)))
+
+
+def test_exact_search_opens_no_part_of_which_nothing_may_be_found(tmp_path: Path) -> None:
+    store = write_output(tmp_path, parts=3)
+    _, vectors = everything(tmp_path, "image")
+    searcher = Searcher(store, exact=True)
+    (tmp_path / FOLDER / part_name(1)).unlink()
+    second = searcher.parts.ranges[1]
+    gone = Selection.every(len(vectors)).without_ranges([(second.offset, second.offset + second.rows)])
+    assert searcher.nearest(vectors[:1], 5, gone).ids[0, 0] == 0

@@ -2,29 +2,29 @@ import pytest
 
 from pipelines.config import IndexConfig
 from pipelines.errors import ConfigError, IndexBuildError
-from pipelines.index.choose import choose_key, clusters, cut, empty_index, parse_bytes, shard_count
+from pipelines.index.choose import choose_key, clusters, cut, empty_index, parse_bytes, shard_bytes, shard_count
 from tests.unit.index.test_parts import of_rows
 
 
 def test_sizes() -> None:
     assert parse_bytes("4G") == 4 * 2**30 and parse_bytes("500MB") == 500 * 2**20
-    with pytest.raises(ConfigError, match="max_index_memory: '4 gigs'"):
+    with pytest.raises(ConfigError, match="shard_memory: '4 gigs'"):
         parse_bytes("4 gigs")
 
 
 def test_autofaiss_chooses_by_count_and_memory() -> None:
     assert choose_key(900, 64, 1, IndexConfig()) == "Flat"
     assert choose_key(5_000, 64, 1, IndexConfig()) == "HNSW15"
-    small = IndexConfig(max_index_memory="100M")
+    small = IndexConfig(shard_memory="100M")
     assert choose_key(100_000, 768, 1, small) == "OPQ256_1024,IVF1024_HNSW32,PQ256x8"
     assert choose_key(100_000, 768, 4, small) == "HNSW32", "the budget is of one index shard"
 
 
 def test_what_does_not_fit_says_so() -> None:
     with pytest.raises(IndexBuildError, match="fits 1 × 1M"):
-        choose_key(1_000_000, 768, 1, IndexConfig(max_index_memory="1M"))
+        choose_key(1_000_000, 768, 1, IndexConfig(shard_memory="1M"))
     with pytest.raises(IndexBuildError, match="100,000 vectors as Flat needs about"):
-        choose_key(100_000, 768, 1, IndexConfig(max_index_memory="100M", index_key="Flat"))
+        choose_key(100_000, 768, 1, IndexConfig(shard_memory="100M", index_key="Flat"))
 
 
 @pytest.mark.parametrize("key", ["IVF16,PQ8x8", "IVF1024_HNSW32,Flat", "SQ8", "OPQ8_32,IVF16,PQ8x8,RFlat"])
@@ -91,3 +91,13 @@ def test_there_are_never_more_index_shards_than_parts() -> None:
     assert all(parts.run(run.start, run.stop).rows for run in runs)
     assert sum(parts.run(run.start, run.stop).rows for run in runs) == 1015
     assert shard_count(parts, IndexConfig()) == 1
+
+
+def test_memory_says_how_many_index_shards_a_key_needs() -> None:
+    parts = of_rows(*[1_000] * 50)
+    whole = shard_bytes("Flat", 50_000, parts.dim)
+    for share, count in ((1, 1), (2, 2), (5, 5), (12.5, 13), (1_000, 50)):
+        budget = f"{int(whole / share) + 1}B"
+        settings = IndexConfig(index_key="Flat", shard_memory=budget)
+        assert shard_count(parts, settings) == count
+    assert shard_count(parts, settings.model_copy(update={"shards": 3})) == 3, "a number that is given stands"

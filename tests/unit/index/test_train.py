@@ -1,5 +1,6 @@
 from pathlib import Path
 
+import faiss
 import numpy as np
 import pytest
 from pydantic import ValidationError
@@ -81,3 +82,22 @@ def test_captions_are_asked_only_of_indexed_shards(tmp_path: Path) -> None:
     assert found is not None
     np.testing.assert_array_equal(found, vectors[indexed])
     assert caption_queries(store, "absent", images, IndexConfig()) is None
+
+
+def test_gpus_find_the_clusters_where_there_are_any(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Here a CPU index stands in for theirs: it is the one that is asked, and the trained index does not keep it."""
+    sample = np.random.default_rng(0).normal(size=(800, 16)).astype(np.float32)
+    asked: list[faiss.Index] = []
+
+    def on_gpus(index: faiss.Index) -> faiss.Index:
+        asked.append(index)
+        return index
+
+    monkeypatch.setattr(faiss, "get_num_gpus", lambda: 1)
+    monkeypatch.setattr(faiss, "index_cpu_to_all_gpus", on_gpus, raising=False)
+    for key, metric in (("OPQ4_16,IVF8,PQ4x4", "ip"), ("IVF8_HNSW8,Flat", "l2")):
+        index = train(key, metric, sample, 16)
+        assert asked and asked.pop().ntotal == 8, "the centroids went through it"
+        assert index.is_trained and faiss.extract_index_ivf(index).clustering_index is None
+    train("Flat", "ip", sample, 16)
+    assert not asked

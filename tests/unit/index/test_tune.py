@@ -5,7 +5,7 @@ from pipelines.config import IndexConfig
 from pipelines.errors import ConfigError
 from pipelines.index.plan import make_plan
 from pipelines.index.train import train
-from pipelines.index.tune import CHEAP_REACH, apply, full_probe, least, query_ms, tune
+from pipelines.index.tune import CHEAP_REACH, apply, batch_query_ms, full_probe, least, query_ms, tune
 from tests.unit.index.test_parts import of_rows
 
 KEYS = {
@@ -30,7 +30,7 @@ def test_what_is_tuned_can_be_applied_and_searched(key: str) -> None:
     for each in (params, full_probe(key)):
         apply(index, each)
         assert (index.search(vectors[:3], 20)[1] >= 0).all()
-    assert query_ms(index, vectors[:3]) > 0
+    assert query_ms(index, vectors[:3]) > 0 and batch_query_ms(index, vectors[:3], 0) > 0
 
 
 def test_parameters_an_index_has_not_are_refused() -> None:

@@ -100,17 +100,23 @@ def assert_refused(said: Said, *told: str) -> None:
 
 def test_help_lists_every_verb(vecmill: Vecmill) -> None:
     assert VERBS == [
+        "classify",
         "collect",
+        "compare",
         "demo",
+        "duplicates",
         "embed",
         "encoders",
+        "evaluate",
         "fit",
         "index",
         "plan",
         "publish",
         "releases",
+        "remove",
         "rollback",
         "search",
+        "similarity",
         "status",
         "verify",
     ]
@@ -211,6 +217,9 @@ def test_another_run_json_is_told(vecmill: Vecmill) -> None:
         (["--text", "a", "--exact", "--metric", "hamming"], "Known: ip, l2, cosine, l1"),
         (["--text", "a", "--exact", "--rerank", "4"], "--rerank goes without --exact"),
         (["--text", "a", "--rerank", "-1"], "'--rerank'"),
+        (["--text", "a", "--where", "hight > 3"], "hight is not a column"),
+        (["--text", "a", "--page", "2", "--offset", "10"], "--page and --offset say the same"),
+        (["--text", "a", "--fold", "1.5"], "'--fold'"),
     ],
 )
 def test_a_mistaken_search_is_told(vecmill: Vecmill, output: Path, words: list[str], told: str) -> None:
@@ -230,10 +239,51 @@ def test_a_mistaken_line_of_queries_is_told(vecmill: Vecmill, output: Path, line
         (["--image", "none.jpg"], "The query image none.jpg cannot be read"),
         (["--image", "."], "The query image . cannot be read"),
         (["--text", "caf\udce9"], "is not Unicode text"),
+        (["--not-text", "a"], "neither text nor image nor what it is like"),
+        (["--like", "none"], "has no vector of the key 'none'"),
+        (["--like-id", "100000"], "There is no id 100000"),
+        (["--like", "00000/000003", "--like-modality", "multimodal"], "clip has no multimodal vectors"),
     ],
 )
 def test_a_query_that_cannot_be_read_is_told(vecmill: Vecmill, embedded: Path, words: list[str], told: str) -> None:
     assert_refused(vecmill("search", str(embedded), "--exact", *words), told)
+
+
+def test_a_search_by_example_filtered_paged_and_folded(vecmill: Vecmill, embedded: Path) -> None:
+    words = ["search", str(embedded), "--like", "00001/000003", "-k", "4", "--json"]
+    everything = json.loads(vecmill(*words).out)
+    assert everything["hits"][0]["key"] == "00001/000003" and everything["offset"] == 0
+    by_id = json.loads(vecmill(*[*words[:2], "--like-id", str(everything["hits"][0]["id"]), *words[4:]]).out)
+    assert by_id["hits"] == everything["hits"] and by_id["query"]["like_id"] == everything["hits"][0]["id"]
+    second = json.loads(vecmill(*words, "--page", "2").out)
+    eight = json.loads(vecmill(*words[:-2], "8", "--json", "--exact").out)
+    assert second["offset"] == 4
+    assert [hit["id"] for hit in everything["hits"] + second["hits"]] == [hit["id"] for hit in eight["hits"]]
+    among = json.loads(vecmill(*words, "--where", "row < 40 and key starts with '00000'").out)
+    assert len(among["hits"]) == 4 and all(hit["row"] < 40 and hit["key"] < "00001" for hit in among["hits"])
+    folded = json.loads(vecmill(*words, "--fold", "0").out)
+    assert sum(1 + len(hit["folded"]) for hit in folded["hits"]) >= 4
+    assert {"id", "key", "score"} <= folded["hits"][0]["folded"][0].keys()
+    said = vecmill(*words[:-1], "--where", "row < 5", "--fold", "0")
+    assert "Among 10 of 376 vectors." in said.out and "like 00001/000003" in said.out and "like it: 0" in said.out
+
+
+def test_words_are_looked_away_from(vecmill: Vecmill, embedded: Path) -> None:
+    def first(*words: str) -> list[int]:
+        return [
+            hit["id"] for hit in json.loads(vecmill("search", str(embedded), *words, "--exact", "--json").out)["hits"]
+        ]
+
+    plain = first("--text", "a dog")
+    assert first("--text", "a dog", "--not-text", "a cat", "--not-weight", "0") == plain
+    assert first("--text", "a dog", "--not-text", "a cat", "--not-weight", "5") != plain
+    assert first("--text", "a dog", "--like", "00000/000003", "--text-weight", "0")[0] == 3
+    Path("several.jsonl").write_text(
+        '{"text": "a dog"}\n{"like": "00000/000003", "not_text": "x", "not_weight": 0.1}\n'
+    )
+    said = vecmill("search", str(embedded), "--queries", "several.jsonl", "--exact", "--json").out.splitlines()
+    assert [hit["id"] for hit in json.loads(said[0])["hits"]] == plain
+    assert json.loads(said[1])["query"]["not_text"] == "x"
 
 
 def test_a_search_without_an_index_says_what_to_do(vecmill: Vecmill, output: Path) -> None:
@@ -422,3 +472,13 @@ def test_the_recipes_that_ship_are_good() -> None:
     assert recipes
     for recipe in recipes:
         assert json.loads(load_config(recipe).model_dump_json())
+
+
+def test_the_training_recipes_that_ship_are_good() -> None:
+    from pipelines.config import load_settings
+    from pipelines.training.settings import TrainConfig
+
+    recipes = sorted((Path(__file__).parents[3] / "jobs" / "recipes" / "training").glob("*.yaml"))
+    assert recipes
+    for recipe in recipes:
+        assert json.loads(load_settings(TrainConfig, recipe).model_dump_json())

@@ -1,0 +1,134 @@
+"""`vecmill evaluate`."""
+
+from __future__ import annotations
+
+import json
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from jobs.console import err, out
+from jobs.options import AsJson, EncoderFolder, OutputArgument, named_output
+from pipelines.errors import ConfigError
+from pipelines.search import choose_encoder
+
+if TYPE_CHECKING:
+    from pipelines.evaluate.retrieval import Protocol
+
+Release = Annotated[str | None, typer.Option(help="Release of the index figures; the current one if left out.")]
+Split = Annotated[
+    str | None,
+    typer.Option("--queries", metavar="SPLIT", help="Only samples whose metadata have this `split` ask and are found."),
+]
+Protocols = Annotated[
+    list[str] | None,
+    typer.Option("--protocol", help="captions, identity or label; all that the output has data for if left out."),
+]
+Identity = Annotated[
+    str | None, typer.Option(metavar="FIELD", help="Metadata field of who it is, for the identity protocol.")
+]
+Fold = Annotated[
+    int | None, typer.Option(min=2, help="Cut the samples into folds of so many, as Karpathy's 1K test; means of all.")
+]
+Sample = Annotated[
+    int | None,
+    typer.Option(min=1, help="Queries of a direction at most; as many as make 2·10⁹ comparisons if left out."),
+]
+Memory = Annotated[int, typer.Option(min=64, help="MiB for queries and scores.")]
+Seed = Annotated[int, typer.Option(min=0, help="Of the sample of queries.")]
+Exactly = Annotated[bool, typer.Option("--no-index", help="Leave the index out.")]
+
+ROWS = {
+    "recall@1": "Recall@1",
+    "recall@5": "Recall@5",
+    "recall@10": "Recall@10",
+    "precision@1": "Precision@1",
+    "precision@5": "Precision@5",
+    "precision@10": "Precision@10",
+    "ndcg@10": "nDCG@10",
+    "map@10": "mAP@10",
+    "map": "mAP",
+    "median_rank": "median rank",
+    "mean_rank": "mean rank",
+}
+
+
+def evaluate(
+    output: OutputArgument,
+    release: Release = None,
+    queries: Split = None,
+    protocol: Protocols = None,
+    identity: Identity = None,
+    fold: Fold = None,
+    sample: Sample = None,
+    encoder: EncoderFolder = None,
+    no_index: Exactly = False,
+    memory: Memory = 1024,
+    seed: Seed = 0,
+    as_json: AsJson = False,
+) -> None:
+    """How well images find their captions, captions their images, and images others of their label.
+
+    Exactly, and through the index where there is one. Of equal scores what is wrong comes first.
+
+    Example: vecmill evaluate s3://bucket/emb --queries test
+    """
+    from pipelines.evaluate.ranking import Room
+    from pipelines.evaluate.retrieval import Asked, kept_at
+    from pipelines.evaluate.retrieval import evaluate as evaluate_output
+
+    named = named_output(output)
+    folder = choose_encoder(named.store, encoder or named.encoder)
+    asked = Asked(
+        protocols=known(protocol),
+        identity=identity,
+        split=queries,
+        sample=sample,
+        fold=fold,
+        release=release,
+        index=not no_index,
+        seed=seed,
+        room=Room(memory),
+    )
+    document = evaluate_output(named.store, folder, asked, lambda line: err.print(line, markup=False))
+    if as_json:
+        print(json.dumps(document, indent=2))
+        return
+    for result in document["results"]:
+        print_result(result)
+    out.print(f"As JSON in {named.store.uri(kept_at(folder))}", markup=False, style="dim")
+
+
+def known(given: list[str] | None) -> tuple[Protocol, ...]:
+    from pipelines.evaluate.retrieval import PROTOCOLS
+
+    if unknown := [name for name in given or [] if name not in PROTOCOLS]:
+        raise ConfigError(f"--protocol {unknown[0]} is not known", f"Known: {', '.join(PROTOCOLS)}.")
+    return tuple(name for name in PROTOCOLS if name in (given or []))
+
+
+def print_result(result: dict[str, Any]) -> None:
+    """A table of one direction; beside the figures, those of the index with exact search over the same vectors."""
+    out.print(f"[bold]{result['protocol']}: {result['asks']} → {result['finds']}[/bold]  {told(result)}")
+    through = result["through"]
+    columns = "".join(f"{name:>12}" for name in ("exact", *(("in index", "exact there", "loss") if through else ())))
+    out.print(f"  {'':<14}{columns}", style="dim")
+    for name, title in ROWS.items():
+        cells = cell(name, result["figures"][name])
+        if through and name in through["found"]:
+            cells += "".join(cell(name, through[column][name]) for column in ("found", "exact", "loss"))
+        out.print(f"  {title:<14}{cells}", markup=False)
+
+
+def told(result: dict[str, Any]) -> str:
+    of = f" of {result['of']:,}" if result["queries"] < result["of"] else ""
+    folds = f", mean of {result['folds']} folds" if result["folds"] > 1 else ""
+    text = f"{result['queries']:,}{of} queries in {result['gallery']:,}{folds}"
+    if result["unanswerable"]:
+        text += f"; {result['unanswerable']:,} more have nothing to find"
+    through = result["through"]
+    return text + (f"; release {through['release']} holds {through['gallery']:,}" if through else "")
+
+
+def cell(name: str, value: float) -> str:
+    return f"{value:>12,.1f}" if name.endswith("rank") else f"{value:>12.4f}"

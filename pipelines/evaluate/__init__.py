@@ -1,0 +1,1 @@
+"""How good an output is: metrics, comparisons, and pictures to look at."""

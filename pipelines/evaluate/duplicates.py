@@ -1,0 +1,255 @@
+"""Near-duplicates over a whole output: groups of items that are connected by pairs above a similarity."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+from scipy.sparse import coo_matrix
+from scipy.sparse.csgraph import connected_components
+
+from pipelines.contracts import Modality
+from pipelines.evaluate.groups import read_samples
+from pipelines.evaluate.items import require_one_vector
+from pipelines.index.parts import Ids, PartRange, Vectors, batches, open_part
+from pipelines.index.recall import Top
+from pipelines.search import Searcher
+from pipelines.storage import Store, scratch_folder
+
+Keep = Literal["first", "largest"]
+Say = Callable[[str], None]
+GROUPS, KEEP, REMOVE, SUMMARY = "groups.parquet", "keep.txt", "remove.txt", "summary.json"
+QUERIES_AT_ONCE = 4_096
+SAID = 10
+"""Lines of progress."""
+
+SCHEMA = pa.schema(
+    [
+        pa.field("group", pa.int64()),
+        pa.field("keep", pa.bool_()),
+        pa.field("shard", pa.string()),
+        pa.field("row", pa.int64()),
+        pa.field("caption_index", pa.int32()),
+        pa.field("key", pa.string()),
+        pa.field("nearest", pa.float32()),
+    ]
+)
+"""A member of a group of two or more. group: id of its first member; nearest: highest similarity to another member."""
+
+
+@dataclass(frozen=True)
+class Sought:
+    """threshold: least inner product of a pair (cosine, of unit vectors). k: neighbours looked at for each item; a
+    group of any size is found through pairs, if each member has one of its group among them. keep: which of a group
+    stays: the first, or the image of most pixels (the first of these)."""
+
+    threshold: float = 0.95
+    k: int = 20
+    keep: Keep = "first"
+    exact: bool = False
+    release: str | None = None
+    memory_mib: int = 4096
+
+
+class Groups:
+    """Connected items, a number of the set [0, n): the least of each group stands for it.
+
+    nearest: float32 [n], highest score of a pair that the item is in, -inf without.
+    """
+
+    def __init__(self, count: int) -> None:
+        self.first = np.arange(count)
+        self.nearest = np.full(count, -np.inf, np.float32)
+
+    def join(self, ones: Ids, others: Ids, scores: Vectors) -> None:
+        """Pairs, int64 [n] each, and their scores. The result does not depend on the order of calls."""
+        for side in (ones, others):
+            np.maximum.at(self.nearest, side, scores)
+        firsts, at = np.unique(np.concatenate([self.roots(ones), self.roots(others)]), return_inverse=True)
+        near, far = at[: len(ones)], at[len(ones) :]
+        edges = coo_matrix((np.ones(len(near), bool), (near, far)), shape=(len(firsts), len(firsts)))
+        _, labels = connected_components(edges, directed=False)
+        _, least = np.unique(labels, return_index=True)
+        self.first[firsts] = firsts[least][labels]
+
+    def roots(self, items: Ids) -> Ids:
+        """int64: the first of each item's group."""
+        found = self.first[items]
+        while not np.array_equal(found, further := self.first[found]):
+            found = further
+        return found
+
+    @property
+    def count(self) -> int:
+        return len(self.first)
+
+    def all_roots(self) -> Ids:
+        return self.roots(np.arange(len(self.first)))
+
+
+def find_duplicates(
+    store: Store,
+    encoder: str,
+    modality: Modality,
+    sought: Sought,
+    folder: str | None = None,
+    say: Say = lambda line: None,
+) -> dict[str, Any]:
+    """Groups, and lists of keys to keep and to remove, written under `folder`; returns the summary that is there too.
+
+    Memory: the index if it fits `memory_mib`, else a shard of it at a time; 40 bytes an item; the keys to remove.
+    Raises: ConfigError, IndexBuildError where there is no index and exact search is not asked for.
+    """
+    searcher = _searcher(store, encoder, modality, sought)
+    require_one_vector(searcher.parts)
+    target = folder or f"duplicates/{encoder}/{modality}"
+    groups = connect(searcher, sought, say)
+    roots = groups.all_roots()
+    sizes = np.bincount(roots, minlength=len(roots))
+    stays = _staying(store, searcher, roots, sizes, sought.keep)
+    shared = _write(store, searcher, target, groups, roots, sizes, stays)
+    summary = {
+        "encoder": encoder,
+        "modality": modality,
+        "release": searcher.release.version if searcher.release and not sought.exact else None,
+        **{name: getattr(sought, name) for name in ("threshold", "k", "keep", "exact")},
+        "items": len(roots),
+        "groups": int((sizes > 1).sum()),
+        "in_groups": int(sizes[sizes > 1].sum()),
+        "remove": int((~stays).sum()),
+        "largest": int(sizes.max(initial=0)),
+        "keys_of_kept_samples_too": shared,
+        "folder": store.uri(target),
+    }
+    store.put_atomic(f"{target}/{SUMMARY}", json.dumps(summary, indent=2).encode())
+    return summary
+
+
+def _searcher(store: Store, encoder: str, modality: Modality, sought: Sought) -> Searcher:
+    if sought.exact:
+        return Searcher(store, encoder, modality, sought.release, exact=True, metric="ip")
+    one_by_one = Searcher(store, encoder, modality, sought.release, resident=False)
+    release = one_by_one.release
+    whole = sum(shard.bytes for shard in release.shards) if release else 0
+    if whole > sought.memory_mib * 2**20:
+        return one_by_one
+    return Searcher(store, encoder, modality, sought.release)
+
+
+def connect(searcher: Searcher, sought: Sought, say: Say = lambda line: None) -> Groups:
+    """Asks for every item's neighbours, and joins those that are near enough."""
+    groups, done = Groups(searcher.parts.rows), 0
+    for first, batch in batches(searcher.store, searcher.parts):
+        for at in range(0, len(batch), QUERIES_AT_ONCE):
+            asked = batch[at : at + QUERIES_AT_ONCE]
+            groups.join(*_pairs(searcher.nearest(asked, sought.k + 1), first + at, searcher.metric, sought.threshold))
+            done += len(asked)
+            if done * SAID // groups.count > (done - len(asked)) * SAID // groups.count:
+                say(f"{done:,} of {groups.count:,} looked at")
+    return groups
+
+
+def _pairs(top: Top, first: int, metric: str, threshold: float) -> tuple[Ids, Ids, Vectors]:
+    scores = top.scores if metric == "ip" else 1 - top.scores / 2
+    own = np.arange(first, first + len(top.ids))[:, None]
+    query, place = np.nonzero((scores >= threshold) & (top.ids >= 0) & (top.ids != own))
+    return own[query, 0], top.ids[query, place], scores[query, place]
+
+
+def _staying(store: Store, searcher: Searcher, roots: Ids, sizes: Ids, keep: Keep) -> np.ndarray[Any, Any]:
+    """bool [n]: one of each group, and what is in none."""
+    if keep == "first":
+        return np.asarray(roots == np.arange(len(roots)))
+    best, most = np.arange(len(roots)), np.full(len(roots), -1)
+    for part, rows, _ in _members(store, searcher):
+        ids = np.arange(part.offset, part.offset + part.rows)
+        pixels = _pixels(store, part, rows)
+        for at in np.flatnonzero(sizes[roots[ids]] > 1):
+            root = roots[ids[at]]
+            if pixels[at] > most[root]:
+                best[root], most[root] = ids[at], pixels[at]
+    return np.asarray(best[roots] == np.arange(len(roots)))
+
+
+def _pixels(store: Store, part: PartRange, rows: Ids) -> Ids:
+    table = read_samples(store, part.name, ["row", "width", "height"]).sort_by("row")
+    width, height = (table[name].fill_null(0).to_numpy().astype(np.int64) for name in ("width", "height"))
+    return np.asarray((width * height)[np.searchsorted(table["row"].to_numpy(), rows)])
+
+
+def _members(store: Store, searcher: Searcher) -> Iterator[tuple[PartRange, Ids, pa.Table]]:
+    """Of each part its rows, and all but the vectors."""
+    for part in searcher.parts.ranges:
+        if part.gone:
+            continue
+        with open_part(store, searcher.parts.path(part)) as stream, pq.ParquetFile(stream, pre_buffer=False) as file:
+            names = [name for name in file.schema_arrow.names if name != "embedding"]
+            table = file.read(names, use_threads=False)
+        yield part, table["row"].to_numpy(), table
+
+
+def _write(
+    store: Store,
+    searcher: Searcher,
+    folder: str,
+    groups: Groups,
+    roots: Ids,
+    sizes: Ids,
+    stays: np.ndarray[Any, Any],
+) -> int:
+    """The files. Returns how many keys are to be removed and kept at once, which stand in neither list's way: a key
+    that a sample which stays has too is not in the removal list, since `remove` takes all that have it."""
+    with scratch_folder() as scratch:
+        local = {name: Path(scratch) / name for name in (GROUPS, KEEP, REMOVE)}
+        going: set[str] = set()
+        staying_keys: set[str] = set()
+        for part, _, table in _members(store, searcher):
+            mine = stays[part.offset : part.offset + part.rows]
+            going |= set(table["key"].filter(pa.array(~mine)).to_pylist())
+        with ExitStack() as stack:
+            file = stack.enter_context(pq.ParquetWriter(local[GROUPS], SCHEMA))
+            keep = stack.enter_context(local[KEEP].open("w", encoding="utf-8"))
+            for part, _, table in _members(store, searcher):
+                ids = slice(part.offset, part.offset + part.rows)
+                grouped = np.flatnonzero(sizes[roots[ids]] > 1)
+                file.write_table(_rows(table.take(grouped), roots[ids], stays[ids], groups.nearest[ids], grouped))
+                kept = table["key"].filter(pa.array(stays[ids])).to_pylist()
+                staying_keys |= going.intersection(kept)
+                keep.writelines(f"{key}\n" for key in kept)
+        local[REMOVE].write_text("".join(f"{key}\n" for key in sorted(going - staying_keys)), encoding="utf-8")
+        for name, path in local.items():
+            store.put_atomic(f"{folder}/{name}", path)
+    return len(staying_keys)
+
+
+def _rows(table: pa.Table, roots: Ids, stays: np.ndarray[Any, Any], nearest: Vectors, which: Ids) -> pa.Table:
+    columns = {
+        "group": pa.array(roots[which]),
+        "keep": pa.array(stays[which]),
+        **{name: table[name] for name in ("shard", "row", "key")},
+        "caption_index": table["caption_index"] if "caption_index" in table.column_names else pa.nulls(len(which)),
+        "nearest": pa.array(nearest[which]),
+    }
+    return pa.table({name: columns[name] for name in SCHEMA.names}).cast(SCHEMA)
+
+
+def largest_groups(store: Store, summary: dict[str, Any], count: int) -> list[list[dict[str, Any]]]:
+    """Members, with key and nearest, of the groups with most of them; reads the group column, then those rows."""
+    path = f"{summary['folder']}/{GROUPS}"
+    whole = Store(options=store.options)
+    with open_part(whole, path) as stream:
+        numbers, sizes = np.unique(pq.read_table(stream, columns=["group"])["group"].to_numpy(), return_counts=True)
+    wanted = numbers[np.argsort(-sizes, kind="stable")[:count]].tolist()
+    with open_part(whole, path) as stream:
+        table = pq.read_table(stream, filters=[("group", "in", wanted)] if wanted else None)
+    members: dict[int, list[dict[str, Any]]] = {number: [] for number in wanted}
+    for row in table.to_pylist() if wanted else []:
+        members[row["group"]].append(row)
+    return list(members.values())

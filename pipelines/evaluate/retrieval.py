@@ -1,0 +1,284 @@
+"""Retrieval by the standard protocols, exactly and through the index.
+
+captions: image→text and text→image, a hit is any caption of the image and the image of the caption (Karpathy and
+Fei-Fei, CVPR 2015). identity: text→image, a hit is any image of the same person (CUHK-PEDES; Li et al., CVPR 2017).
+label: image→image, a hit is any other image of the same label.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
+from typing import Any, Literal
+
+import numpy as np
+
+from pipelines.contracts import Modality
+from pipelines.errors import ConfigError
+from pipelines.evaluate.groups import OUTSIDE, Groups
+from pipelines.evaluate.items import (
+    HeldItems,
+    Items,
+    StoredItems,
+    Tile,
+    codes_of,
+    collect,
+    draw,
+    require_one_vector,
+    stored,
+)
+from pipelines.evaluate.metrics import DEPTHS, Ranks, at_depths, ranks_in_order
+from pipelines.evaluate.ranking import Room, count_relevant, exact_figures
+from pipelines.index.parts import Ids
+from pipelines.index.recall import without
+from pipelines.index.release import latest_or_none
+from pipelines.record import read_record
+from pipelines.search import Searcher
+from pipelines.storage import Store
+
+Protocol = Literal["captions", "identity", "label"]
+PROTOCOLS: tuple[Protocol, ...] = ("captions", "identity", "label")
+DIRECTIONS: dict[Protocol, list[tuple[Modality, Modality]]] = {
+    "captions": [("image", "text"), ("text", "image")],
+    "identity": [("text", "image")],
+    "label": [("image", "image")],
+}
+PAIRS_AT_LEAST, QUERIES_AT_LEAST = 2 * 10**9, 1_000
+Say = Callable[[str], None]
+
+
+@dataclass(frozen=True)
+class Asked:
+    """What to evaluate. identity: the metadata's field that says who it is. split: of the samples that ask and are
+    found. sample: queries of a direction at most, as many as make 2·10⁹ comparisons (1,000 at least) if None.
+    fold: samples in order are cut into folds of so many, each ranked by itself. release: that the index figures are
+    of, else the current one; index: whether there are any.
+    """
+
+    protocols: tuple[Protocol, ...] = ()
+    identity: str | None = None
+    split: str | None = None
+    sample: int | None = None
+    fold: int | None = None
+    release: str | None = None
+    index: bool = True
+    seed: int = 0
+    room: Room = field(default_factory=Room)
+
+
+@dataclass(frozen=True)
+class Result:
+    """The figures of one direction of a protocol. queries: that were ranked, of so many; unanswerable: drawn, but
+    nothing is relevant for them. through: what the index finds, exact search beside it, and the loss."""
+
+    protocol: Protocol
+    asks: Modality
+    finds: Modality
+    queries: int
+    of: int
+    unanswerable: int
+    gallery: int
+    folds: int
+    figures: dict[str, float]
+    through: dict[str, Any] | None = None
+
+
+def evaluate(store: Store, encoder: str, asked: Asked, say: Say = lambda line: None) -> dict[str, Any]:
+    """The figures of every protocol asked for, or of those that the output has the data for; kept in `evaluations/`.
+
+    Memory: `asked.room`, a number for each label, identity and shard, and with folds the vectors of the split.
+    Raises: ConfigError where a protocol cannot be followed.
+    """
+    document = {
+        "encoder": encoder,
+        "made": f"{datetime.now(UTC):%Y-%m-%d %H:%M:%S} UTC",
+        "split": asked.split,
+        "seed": asked.seed,
+        "results": [vars(result) for result in measured(store, encoder, asked, say)],
+    }
+    store.put_atomic(kept_at(encoder), json.dumps(document, indent=2).encode())
+    return document
+
+
+def measured(store: Store, encoder: str, asked: Asked, say: Say = lambda line: None) -> Iterator[Result]:
+    """`evaluate` without keeping anything, a direction at a time."""
+    for protocol in asked.protocols or fitting(store, encoder, asked, say):
+        for asks, finds in DIRECTIONS[protocol]:
+            require_comparable(store, encoder, asks, finds)
+            say(f"{protocol}: {asks} → {finds}")
+            yield _direction(store, encoder, protocol, asks, finds, asked)
+
+
+def kept_at(encoder: str) -> str:
+    return f"evaluations/{encoder}.json"
+
+
+def fitting(store: Store, encoder: str, asked: Asked, say: Say) -> list[Protocol]:
+    """The protocols that an output has vectors, captions and labels for. Raises: ConfigError where there are none."""
+    has = read_record(store).encoders[encoder].modalities
+    found: list[Protocol] = []
+    if {"image", "text"} <= set(has):
+        try:
+            require_comparable(store, encoder, "image", "text")
+            found += ["identity"] if asked.identity else ["captions"]
+        except ConfigError as error:
+            say(f"captions are left out: {error.what}")
+    if "image" in has and any(True for _ in stored(store, encoder, "image", Groups(store, "label")).codes()):
+        found.append("label")
+    if not found:
+        raise ConfigError(
+            f"{store.uri()} has neither comparable images and captions nor labels of {encoder}",
+            "Labels are the sub-folders of an input folder, or its column `label`.",
+        )
+    return found
+
+
+def require_comparable(store: Store, encoder: str, one: Modality, other: Modality) -> None:
+    """Raises: ConfigError where vectors of the two modalities are of different spaces, or there are none."""
+    record = read_record(store).encoders[encoder]
+    spaces = record.encoder_spec(store.options).vectors
+    for modality in (one, other):
+        if modality not in record.modalities:
+            raise ConfigError(
+                f"embeddings/{encoder} has no {modality} vectors", f"It has: {', '.join(record.modalities)}."
+            )
+    if spaces[one].space != spaces[other].space:
+        raise ConfigError(
+            f"embeddings/{encoder}: {one} vectors are of the space {spaces[one].space}, {other} vectors of "
+            f"{spaces[other].space}: they cannot be compared",
+            "Evaluate another protocol, or embed with an option that puts both in one space (`vecmill encoders`).",
+        )
+
+
+def _direction(store: Store, encoder: str, protocol: Protocol, asks: Modality, finds: Modality, asked: Asked) -> Result:
+    groups = Groups(store, _by(protocol, asked), asked.split)
+    questions, gallery = stored(store, encoder, asks, groups), stored(store, encoder, finds, groups)
+    same = asks == finds
+    if asked.fold:
+        return _in_folds(protocol, asks, finds, questions, gallery, asked, asked.fold)
+    size = sum(len(ids) for ids, _ in gallery.codes())
+    count = asked.sample or max(QUERIES_AT_LEAST, PAIRS_AT_LEAST // max(1, size))
+    ids, total = draw(questions, count, asked.seed)
+    require_items(total, encoder, asks, asked)
+    queries = collect(questions, ids, asked.room.tile_rows(0, questions.dim))
+    ranked = exact_figures(queries, gallery, asked.room, same)
+    require_answers(int(ranked.kept.sum()), protocol, asked)
+    queries = queries.of(ranked.kept)
+    return Result(
+        protocol,
+        asks,
+        finds,
+        queries=len(queries),
+        of=total,
+        unanswerable=int((~ranked.kept).sum()),
+        gallery=ranked.gallery,
+        folds=1,
+        figures=ranked.figures,
+        through=_through_index(store, encoder, finds, groups, queries, same, asked),
+    )
+
+
+def _by(protocol: Protocol, asked: Asked) -> str:
+    if protocol == "identity" and not asked.identity:
+        raise ConfigError("The identity protocol needs to know who is who", "Name the metadata's field: --identity id.")
+    return {"captions": "sample", "label": "label"}.get(protocol) or str(asked.identity)
+
+
+def require_items(total: int, encoder: str, modality: Modality, asked: Asked) -> None:
+    if not total:
+        of = f" of the split {asked.split}" if asked.split else ""
+        raise ConfigError(f"embeddings/{encoder} has no {modality} vectors{of} to ask with", "Check --queries.")
+
+
+def require_answers(answerable: int, protocol: Protocol, asked: Asked) -> None:
+    if not answerable:
+        raise ConfigError(
+            f"None of the queries has anything relevant by the protocol {protocol}",
+            f"Does the metadata have the field {asked.identity}?" if asked.identity else "Choose another --protocol.",
+        )
+
+
+def _through_index(
+    store: Store, encoder: str, modality: Modality, groups: Groups, queries: Tile, same: bool, asked: Asked
+) -> dict[str, Any] | None:
+    """The figures of the first max(DEPTHS), among all that the release holds, of whatever split."""
+    release = latest_or_none(store, encoder, modality) if asked.index else None
+    if release is None:
+        return None
+    searchers = {
+        "exact": Searcher(store, encoder, modality, asked.release or release.version, exact=True),
+        "found": Searcher(store, encoder, modality, asked.release, resident=False),
+    }
+    parts = searchers["found"].parts
+    require_one_vector(parts)
+    gallery = StoredItems(store, parts, groups)
+    if same:
+        # A release may have other parts, or have them in another order, than there are now.
+        queries = collect(gallery, draw(gallery, len(queries), asked.seed)[0], asked.room.tile_rows(0, gallery.dim))
+    own = queries.ids if same else np.full(len(queries), -1)
+    relevant, _ = count_relevant(queries, gallery)
+    relevant -= int(same)
+    kept = relevant > 0
+    if not kept.any():
+        return None
+    queries, relevant, own = queries.of(kept), relevant[kept], own[kept]
+    figures = {
+        name: at_depths(_found(searcher, gallery, queries, own, relevant)) for name, searcher in searchers.items()
+    }
+    loss = {name: figures["exact"][name] - value for name, value in figures["found"].items()}
+    used = searchers["found"].release
+    version = used.version if used else None
+    return {"release": version, "queries": len(queries), "gallery": parts.rows, **figures, "loss": loss}
+
+
+def _found(searcher: Searcher, gallery: Items, queries: Tile, own: Ids, relevant: Ids) -> Ranks:
+    top = without(searcher.nearest(queries.vectors, max(DEPTHS) + 1), own)
+    codes = codes_of(gallery, top.ids[:, : max(DEPTHS)])
+    return ranks_in_order((codes == queries.codes[:, None]) & (codes != OUTSIDE), relevant)
+
+
+def _in_folds(
+    protocol: Protocol, asks: Modality, finds: Modality, questions: Items, gallery: Items, asked: Asked, fold: int
+) -> Result:
+    """Means over the folds. What is left over at the end belongs to none."""
+    asking, found = _held(questions, asked.room), _held(gallery, asked.room)
+    folds = list(_folds(asking, found, fold))
+    if not folds:
+        raise ConfigError(f"There are fewer than {fold:,} samples to make a fold of", "Lower --fold.")
+    ranked = [exact_figures(mine, HeldItems(theirs), asked.room, asks == finds) for mine, theirs in folds]
+    ranked = [each for each in ranked if each.figures]
+    require_answers(len(ranked), protocol, asked)
+    return Result(
+        protocol,
+        asks,
+        finds,
+        queries=sum(int(each.kept.sum()) for each in ranked),
+        of=len(asking),
+        unanswerable=sum(int((~each.kept).sum()) for each in ranked),
+        gallery=ranked[0].gallery,
+        folds=len(folds),
+        figures={name: float(np.mean([each.figures[name] for each in ranked])) for name in ranked[0].figures},
+    )
+
+
+def _held(items: Items, room: Room) -> Tile:
+    """Everything, in memory. Raises: ConfigError where it does not fit."""
+    rows = sum(len(ids) for ids, _ in items.codes())
+    if rows * items.dim * 4 > room.bytes // 4:
+        raise ConfigError(
+            f"Folds are cut from all {rows:,} vectors, more than {room.memory_mib:,} MiB hold",
+            "Choose a split with --queries, or raise --memory.",
+        )
+    return collect(items, draw(items, None, 0)[0], 2**14)
+
+
+def _folds(asking: Tile, found: Tile, fold: int) -> Iterator[tuple[Tile, Tile]]:
+    """By the order of the samples that are in both."""
+    _, first = np.unique(asking.codes, return_index=True)
+    order = asking.codes[np.sort(first)]
+    order = order[np.isin(order, found.codes)]
+    for start in range(0, len(order) - fold + 1, fold):
+        members = order[start : start + fold]
+        yield asking.of(np.isin(asking.codes, members)), found.of(np.isin(found.codes, members))

@@ -1,0 +1,221 @@
+"""An update: the newest release's index shards as they are, and new ones for the parts that have come since."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+
+from pipelines.config import IndexConfig, validate
+from pipelines.contracts import Modality
+from pipelines.errors import ConfigError, IndexBuildError
+from pipelines.index.asked import Asked, read_asked
+from pipelines.index.attempt import Attempt, Learnt
+from pipelines.index.build import (
+    Build,
+    K,
+    Progress,
+    attempt_at,
+    build_and_settle,
+    digest_of,
+    drop_removed,
+    recorded_fingerprint,
+    settle,
+)
+from pipelines.index.choose import cut, shard_count
+from pipelines.index.drift import drift, warning
+from pipelines.index.measure import Answers
+from pipelines.index.parts import Parts, list_grown, pick
+from pipelines.index.plan import Plan
+from pipelines.index.publish import require_files
+from pipelines.index.queries import Queries
+from pipelines.index.recall import Top
+from pipelines.index.release import IndexShard, Release, load_index, newest_or_none
+from pipelines.index.removed import holds_removed
+from pipelines.index.rerank import rerank_dtype
+from pipelines.index.room import require_room
+from pipelines.index.train import HELD_OUT, Draw
+from pipelines.storage import Store
+
+COPIES = 8
+NEW = "new "
+
+
+def update_index(
+    store: Store, encoder: str, modality: Modality, given: Mapping[str, Any], progress: Progress = lambda line: None
+) -> Release:
+    """The newest release with the parts that it lacks, as new index shards of the same quantiser; the same release
+    where it lacks none. Every id stays; those of parts that are gone are never found again.
+
+    given: index settings in place of the release's own. Reads the vectors of new parts only. Raises: ConfigError for
+    settings that only a new build can have, IndexBuildError where there is nothing to add to, NotPublishedError.
+    """
+    drop_removed(store, progress)
+    base = newest_or_none(store, encoder, modality)
+    if base is None:
+        raise IndexBuildError(
+            f"There is no index of {store.uri()}, {encoder}, {modality} to add to", "Run `vecmill index` first."
+        )
+    require_nothing_removed(store, base)
+    settings, fingerprint = settings_of(base, given), recorded_fingerprint(store, encoder)
+    require_same(base, settings, fingerprint)
+    parts = list_grown(store, base.parts)
+    if parts == base.parts:
+        progress(f"{base.folder} has all parts there are: nothing to add")
+        return settle(store, base, settings, progress)
+    asked = require_base(store, base, parts)
+    plan = plan_update(base, parts, settings)
+    require_room(plan, store)
+    digest = digest_of(plan, settings, fingerprint, base.version)
+    with attempt_at(store, encoder, modality, digest, progress) as attempt:
+        return build_and_settle(Update(attempt, base, asked, plan, settings), base.id_space, fingerprint, progress)
+
+
+def settings_of(base: Release, given: Mapping[str, Any]) -> IndexConfig:
+    """The release's own, but for those given; how many index shards is asked anew each time."""
+    known = {name: value for name, value in base.settings.items() if name in IndexConfig.model_fields}
+    return validate(IndexConfig, {**known, "shards": "auto", **given})
+
+
+def require_same(base: Release, settings: IndexConfig, fingerprint: str) -> None:
+    """Raises: ConfigError for what an index cannot change while it grows."""
+    has = base.rerank.coding.dtype if base.rerank else "none"
+    queries = base.settings["recall_queries"], settings.recall_queries
+    pinned = base.search_params if settings.search_params is None else settings.search_params
+    wanted = {
+        "fingerprint": (base.fingerprint, fingerprint),
+        "metric": (base.metric, settings.metric),
+        "index_key": (base.index_key, settings.index_key or base.index_key),
+        "rerank": (has, rerank_dtype(base.index_key, settings)),
+        "search_params": (base.search_params, pinned),
+        "target_recall": (base.settings.get("target_recall"), settings.target_recall),
+        # Of queries that the base was not asked, the nearest in it are not known.
+        **({} if all(queries) else {"recall_queries": queries}),
+    }
+    if differing := [f"{name} {old} → {new}" for name, (old, new) in wanted.items() if old != new]:
+        raise ConfigError(
+            f"{base.folder} cannot be updated with another {'; '.join(differing)}",
+            "Leave that out, or build anew: `vecmill index` without --update.",
+        )
+
+
+def require_nothing_removed(store: Store, base: Release) -> None:
+    """Raises: ConfigError where the files that an update takes over have vectors of what was taken down."""
+    if holds_removed(store, base):
+        raise ConfigError(
+            f"{base.folder} has vectors of what was taken down since, and an update would keep them",
+            "Build anew, which drops them: `vecmill index` without --update.",
+        )
+
+
+def require_base(store: Store, base: Release, parts: Parts) -> Asked:
+    """What is left of the queries that the release was measured with.
+
+    Raises: IndexBuildError where files of it are missing, or nothing in it stands.
+    """
+    require_files(store, base)
+    asked = read_asked(store, base).standing(parts)
+    if not parts.run(0, len(base.parts.ranges)).standing or not len(asked.bounds):
+        raise IndexBuildError(
+            f"The parts of {base.folder} are gone or replaced: there is nothing to add to",
+            "Run `vecmill index` without --update, which builds anew.",
+        )
+    return asked
+
+
+def plan_update(base: Release, parts: Parts, settings: IndexConfig) -> Plan:
+    known = len(base.parts.ranges)
+    new = parts.run(known, len(parts.ranges))
+    counted = settings.model_copy(update={"index_key": base.index_key})
+    runs = [range(run.start + known, run.stop + known) for run in cut(new, shard_count(new, counted))]
+    positions = [np.empty(0, np.int64)] * known + pick(new, settings.recall_queries or HELD_OUT, settings.seed)
+    queries = np.arange(sum(map(len, positions)))
+    drawn = Draw(tuple(positions), train=queries[:0], queries=queries)
+    largest = max(shard.bytes for shard in base.shards)
+    return Plan(parts, base.index_key, tuple(runs), drawn, rerank_dtype(base.index_key, settings), known, largest)
+
+
+class Update(Build):
+    """Queries: those that the base was measured with, whose nearest in it are known, and new ones, drawn from the new
+    parts, which are asked of the new index shards only. So no old vector is read."""
+
+    def __init__(self, attempt: Attempt, base: Release, asked: Asked, plan: Plan, settings: IndexConfig) -> None:
+        super().__init__(attempt, base.encoder, base.modality, plan, settings)  # type: ignore[arg-type]
+        self.base, self.asked = base, asked
+
+    def learnt(self, progress: Progress) -> tuple[Learnt, Queries]:
+        if known := self.attempt.learnt():
+            self.seconds, self.peak_mib = known[0].seconds, known[0].peak_mib
+            return known
+        with self.stage("copy"):
+            self.copy(progress)
+        with self.stage("read"):
+            queries = self.queries(progress)
+        assert self.base.trained is not None
+        coding = self.base.rerank.coding if self.base.rerank else None
+        learnt = Learnt(trained=self.base.trained, coding=coding, seconds=self.seconds, peak_mib=self.peak_mib)
+        self.attempt.keep_learnt(learnt, queries)
+        return learnt, queries
+
+    def copy(self, progress: Progress) -> None:
+        """The base's files: it may be deleted one day, and a release stands for itself."""
+        there = dict(self.store.sizes(self.folder))
+        files = [file for file in self.base.files if file != self.base.asked]
+        missing = [file.file for file in files if there.get(f"{self.folder}/{file.file}") != file.bytes]
+        progress(f"taking over {len(self.base.shards)} index shards of {self.base.version}")
+        with ThreadPoolExecutor(COPIES) as pool:
+            list(pool.map(self.take, missing))
+
+    def take(self, file: str) -> None:
+        try:
+            self.store.copy(f"{self.base.folder}/{file}", f"{self.folder}/{file}")
+        except FileNotFoundError:
+            raise IndexBuildError(
+                f"{self.store.uri(self.base.folder)}/{file} is gone: another build has deleted the release meanwhile",
+                "Run the same command again.",
+            ) from None
+
+    def queries(self, progress: Progress) -> Queries:
+        """The base's, and those of the new parts as kinds of their own: `new image`."""
+        if not self.plan.new_parts.rows:
+            return self.asked.queries
+        _, found = self.read(progress)
+        newer = {f"{NEW}{kind}": vectors for kind, vectors in found.kinds.items()}
+        return self.asked.queries.followed_by(Queries(newer, found.ids))
+
+    def add(self, learnt: Learnt, queries: Queries, progress: Progress) -> tuple[list[IndexShard], Asked]:
+        first = len(self.base.shards)
+        names = [f"shard-{at:04d}.faiss" for at in range(first, first + len(self.plan.runs))]
+        shards, newer = self.filled(names, learnt, queries, progress)
+        return [*self.base.shards, *shards], self.asked.leading(queries).with_newer(newer, K + 1)
+
+    def decided(self, *_: Any) -> str:
+        return self.base.search_params
+
+    def heard(self, shard: IndexShard, queries: Queries, answers: Answers) -> Answers:
+        """Of new queries, only what new index shards say: of the others' vectors it is not known which are near."""
+        answers = super().heard(shard, queries, answers)
+        if shard not in self.base.shards:
+            return answers
+        return replace(answers, tops=[self.of_old(top) for top in answers.tops])
+
+    def of_old(self, top: Top) -> Top:
+        ids = top.ids.copy()
+        ids[len(self.asked.bounds) :] = -1
+        return Top(ids, top.scores)
+
+    def kept(self, asked: Asked) -> Asked:
+        return asked.first(len(self.asked.bounds))
+
+    def grown(self, learnt: Learnt, queries: Queries, progress: Progress) -> dict[str, Any]:
+        found = None
+        old, new = (queries.kinds.get(kind) for kind in (self.modality, f"{NEW}{self.modality}"))
+        if old is not None and new is not None:
+            trained, _ = load_index(self.store, f"{self.folder}/{learnt.trained.file}")
+            found = drift(trained, old, new)
+        if told := warning(found, self.settings.drift_warning):
+            progress(told)
+        return {"grown_from": self.base.version, "drift": found}

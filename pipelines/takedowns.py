@@ -1,0 +1,290 @@
+"""Takedowns: the samples that are removed from an output for ever, as tombstones under `removed/`.
+
+A request is one immutable object with a tombstone a sample. It keeps no key, caption or hash of an image as such,
+but marks of them: BLAKE2b keyed with the output's own salt (https://www.rfc-editor.org/rfc/rfc7693). Marks recognise
+a sample where its input has changed, and tell nobody what it was; who can read the output can still confirm a guess.
+"""
+
+from __future__ import annotations
+
+import io
+import json
+import uuid
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from functools import lru_cache
+from hashlib import blake2b
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+from numpy.typing import NDArray
+from pydantic import BaseModel
+
+from pipelines.errors import LedgerError
+from pipelines.ledger import object_of
+from pipelines.storage import Store
+
+FOLDER = "removed"
+SALT = f"{FOLDER}/salt"
+MARK_BYTES = 16
+_SUFFIX, _COMPACTED = ".parquet", ".compacted.json"
+_ABOUT = b"vecmill"
+
+TOMBSTONE = pa.schema(
+    [
+        pa.field("shard", pa.string(), nullable=False),
+        pa.field("version", pa.string(), nullable=False),
+        pa.field("row", pa.int64(), nullable=False),
+        pa.field("key", pa.binary(MARK_BYTES), nullable=False),
+        pa.field("key_lasts", pa.bool_(), nullable=False),
+        pa.field("content", pa.binary(MARK_BYTES)),
+    ]
+)
+"""key, content: marks. key_lasts: false where the key is but the row's number in its file. content: of the image;
+of the captions where there is no image."""
+
+
+class Request(BaseModel):
+    """Who asked for a takedown, when and why; `samples` tombstones of it are its own."""
+
+    id: str
+    made: str
+    by: str
+    reason: str
+    samples: int
+
+
+@dataclass(frozen=True)
+class Marks:
+    """16 bytes that stand for a key or content, the same for the same in one output."""
+
+    salt: bytes
+
+    def key(self, key: str) -> bytes:
+        return self._mark(b"key", key)
+
+    def content(self, sha256: str | None, captions: Sequence[str | None] | None) -> bytes | None:
+        """sha256: of the image. None where there is neither image nor caption."""
+        if sha256:
+            return self._mark(b"image", sha256)
+        return self._mark(b"captions", json.dumps(list(captions))) if captions and any(captions) else None
+
+    def _mark(self, kind: bytes, text: str) -> bytes:
+        data = text.encode("utf-8", "surrogatepass")
+        return blake2b(data, digest_size=MARK_BYTES, key=self.salt, person=kind).digest()
+
+
+def _number(mark: bytes | None) -> int:
+    """The first half of a mark, 0 for none: two of a trillion marks agree with a chance of one in ten thousand or so
+    where only this half is compared, so that no rule goes by one alone but within one input object."""
+    return int.from_bytes(mark[:8]) if mark else 0
+
+
+def _numbers(marks: pa.ChunkedArray) -> NDArray[np.uint64]:
+    return np.array([_number(mark) for mark in marks.to_pylist()], np.uint64)
+
+
+def _places(names: Iterable[str]) -> NDArray[np.uint64]:
+    return np.array([_place(name) for name in names], np.uint64)
+
+
+def _place(name: str) -> int:
+    return int.from_bytes(blake2b(name.encode(), digest_size=8).digest())
+
+
+@dataclass(frozen=True)
+class OfShard:
+    """What decides for one shard's version. rows: removed for sure, by their number. keys, contents: of tombstones of
+    the same input object as it was before, or cut otherwise. others: of all tombstones."""
+
+    rows: frozenset[int]
+    keys: frozenset[int]
+    contents: frozenset[int]
+    others: Takedowns
+
+    def catches(self, row: int, key: str, content: Callable[[Marks], bytes | None]) -> bool:
+        """Whether a sample is removed. content: its mark, which takes a while; asked for only if it can matter.
+
+        By its row; where its object has changed, by its key or its content; anywhere else by both together, since
+        keys are often but numbers, and one placeholder stands for many images.
+        """
+        if row in self.rows:
+            return True
+        if not len(self.others):
+            return False
+        marked = _number(self.others.marks.key(key))
+        if marked in self.keys:
+            return True
+        elsewhere = self.others.contents_of(marked)
+        if not self.contents and not len(elsewhere):
+            return False
+        number = _number(content(self.others.marks))
+        return number != 0 and (number in self.contents or bool((elsewhere == number).any()))
+
+    def masked(self, rows: pa.Table) -> pa.Table:
+        """Rows (columns row, key, sha256, captions) with the key null where the sample is removed."""
+        if not len(self.others):
+            return rows
+        columns = [rows[name].to_pylist() for name in ("row", "key", "sha256", "captions")]
+        gone = [
+            key is not None and self.catches(row, key, lambda marks, of=(sha256, captions): marks.content(*of))  # type: ignore[misc]
+            for row, key, sha256, captions in zip(*columns, strict=True)
+        ]
+        if not any(gone):
+            return rows
+        keys = pc.if_else(pa.array(gone), pa.scalar(None, rows["key"].type), rows["key"])
+        return rows.set_column(rows.schema.get_field_index("key"), "key", keys)
+
+
+@dataclass(frozen=True, eq=False)
+class Takedowns:
+    """All tombstones of an output, 41 bytes each in memory, in order of their keys' marks.
+
+    places, objects: uint64, of shard and version, and of the shard's object. rows: int64. keys, contents: uint64,
+    marks. lasting, waiting: bool; the key lasts, and no compaction has dropped the sample yet.
+    """
+
+    marks: Marks
+    places: NDArray[np.uint64]
+    objects: NDArray[np.uint64]
+    rows: NDArray[np.int64]
+    keys: NDArray[np.uint64]
+    contents: NDArray[np.uint64]
+    lasting: NDArray[np.bool_]
+    waiting: NDArray[np.bool_]
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def contents_of(self, key: int) -> NDArray[np.uint64]:
+        first, stop = (np.searchsorted(self.keys, np.uint64(key), side) for side in ("left", "right"))
+        return self.contents[first:stop]
+
+    def has_key(self, key: str) -> bool:
+        return len(self.contents_of(_number(self.marks.key(key)))) > 0
+
+    def of_shard(self, shard: str, version: str) -> OfShard:
+        here = self.places == _place(f"{shard}.{version}")
+        before = (self.objects == _place(object_of(shard))) & ~here
+        keys, contents = self.keys[before & self.lasting], self.contents[before & (self.contents != 0)]
+        return OfShard(
+            frozenset(self.rows[here].tolist()), frozenset(keys.tolist()), frozenset(contents.tolist()), self
+        )
+
+    def rows_of(self, shard: str, version: str, waiting: bool | None = None) -> NDArray[np.int64]:
+        """The removed rows of a shard's version, ascending. waiting: those alone that no compaction has dropped, or
+        (False) that one has."""
+        here = (self.places == _place(f"{shard}.{version}")) & self._of(waiting)
+        rows: NDArray[np.int64] = np.unique(self.rows[here])
+        return rows
+
+    def touched(self, waiting: bool | None = None) -> Touched:
+        return Touched(frozenset(self.places[self._of(waiting)].tolist()))
+
+    def _of(self, waiting: bool | None) -> NDArray[np.bool_]:
+        return self.waiting == waiting if waiting is not None else np.ones(len(self), bool)
+
+    def touched_objects(self) -> Touched:
+        return Touched(frozenset(self.objects.tolist()))
+
+    def samples(self, waiting: bool | None = None) -> int:
+        """How many, each once however often it was asked for."""
+        mine = self._of(waiting)
+        return int(np.unique(np.stack([self.places[mine], self.rows[mine].view(np.uint64)]), axis=1).shape[1])
+
+
+@dataclass(frozen=True)
+class Touched:
+    """The shards' versions, or objects, that have tombstones."""
+
+    places: frozenset[int]
+
+    def __contains__(self, name: str) -> bool:
+        """name: `shard.version`, or of an object."""
+        return bool(self.places) and _place(name) in self.places
+
+    def __len__(self) -> int:
+        return len(self.places)
+
+
+def requests(store: Store) -> dict[str, bool]:
+    """Every request's id, oldest first, and whether what it removes is compacted."""
+    names = set(store.names(FOLDER))
+    ids = sorted(name.removesuffix(_SUFFIX) for name in names if name.endswith(_SUFFIX))
+    return {id: f"{id}{_COMPACTED}" in names for id in ids}
+
+
+def read_takedowns(store: Store) -> Takedowns:
+    """One listing; what was read before is remembered in this process. Raises: LedgerError."""
+    return _loaded(store, tuple(requests(store).items()))
+
+
+@lru_cache(maxsize=2)
+def _loaded(store: Store, known: tuple[tuple[str, bool], ...]) -> Takedowns:
+    tables = [(_read(store, id), compacted) for id, compacted in known]
+    table = pa.concat_tables([TOMBSTONE.empty_table(), *(table.replace_schema_metadata() for table, _ in tables)])
+    keys = _numbers(table["key"])
+    order = np.argsort(keys, kind="stable")
+    shards, versions = table["shard"].to_pylist(), table["version"].to_pylist()
+    waiting = np.repeat([not compacted for _, compacted in tables], [len(table) for table, _ in tables]).astype(bool)
+    return Takedowns(
+        marks=Marks(_salt(store) if known else b""),
+        places=_places(f"{shard}.{version}" for shard, version in zip(shards, versions, strict=True))[order],
+        objects=_places(map(object_of, shards))[order],
+        rows=table["row"].to_numpy()[order],
+        keys=keys[order],
+        contents=_numbers(table["content"])[order],
+        lasting=table["key_lasts"].to_numpy()[order],
+        waiting=waiting[order],
+    )
+
+
+def _read(store: Store, id: str) -> pa.Table:
+    path = f"{FOLDER}/{id}{_SUFFIX}"
+    try:
+        return pq.read_table(io.BytesIO(store.read(path, listed=True)))
+    except pa.ArrowException as error:
+        raise LedgerError(
+            f"{store.uri(path)} is damaged: {error}", "Restore it from a backup: it says what may not be read again."
+        ) from None
+
+
+def read_requests(store: Store) -> list[Request]:
+    """Oldest first."""
+    found = (_read(store, id).schema.metadata or {} for id in requests(store))
+    return [Request.model_validate_json(metadata[_ABOUT]) for metadata in found]
+
+
+def marks_of(store: Store) -> Marks:
+    """With the output's salt, which is made if there is none yet."""
+    store.put_if_absent(SALT, uuid.uuid4().hex.encode())
+    return Marks(_salt(store))
+
+
+def _salt(store: Store) -> bytes:
+    try:
+        return store.read(SALT, lambda data: len(data) == 32)
+    except FileNotFoundError:
+        raise LedgerError(
+            f"{store.uri(SALT)} is gone: without it removed samples cannot be recognised", "Restore it from a backup."
+        ) from None
+
+
+def record(store: Store, tombstones: pa.Table, by: str, reason: str) -> Request:
+    """Puts a request with its tombstones, of schema TOMBSTONE: from then on they hold."""
+    now = datetime.now(UTC)
+    id = f"{now:%Y%m%dT%H%M%SZ}-{uuid.uuid4().hex[:8]}"
+    made = Request(id=id, made=f"{now:%Y-%m-%d %H:%M:%S} UTC", by=by, reason=reason, samples=tombstones.num_rows)
+    sink = pa.BufferOutputStream()
+    pq.write_table(tombstones.replace_schema_metadata({_ABOUT: made.model_dump_json()}), sink, compression="zstd")
+    store.put_atomic(f"{FOLDER}/{id}{_SUFFIX}", sink.getvalue().to_pybytes())
+    return made
+
+
+def note_compacted(store: Store, ids: Iterable[str]) -> None:
+    """That no part has a sample of these requests any more."""
+    for id in ids:
+        store.put_atomic(f"{FOLDER}/{id}{_COMPACTED}", json.dumps({"compacted": f"{datetime.now(UTC)}"}).encode())

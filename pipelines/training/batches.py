@@ -1,0 +1,71 @@
+"""Batches of an epoch: pairs of an image and a caption, drawn from a buffer, the same for the same seed."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from random import Random
+from typing import Literal
+
+import numpy as np
+import pyarrow as pa
+from numpy.typing import NDArray
+
+from pipelines.training.examples import pixels_in
+
+
+@dataclass(frozen=True)
+class Pair:
+    """pixels: uint8 [height, width, 3]. identity: as EXAMPLE has it."""
+
+    pixels: NDArray[np.uint8]
+    caption: str
+    identity: str
+
+
+def pairs(
+    tables: Iterable[pa.Table], size: tuple[int, int], captions: Literal["each", "one"], epoch: int
+) -> Iterator[Pair]:
+    """Of tables of EXAMPLE, in their order. With `one`, each epoch takes the next of an image's captions."""
+    for table in tables:
+        columns = (table.column(name).to_pylist() for name in ("key", "identity", "captions"))
+        for image, key, identity, texts in zip(pixels_in(table, size), *columns, strict=True):
+            taken = texts if captions == "each" else [texts[(_number(key) + epoch) % len(texts)]]
+            yield from (Pair(image, text, identity) for text in taken)
+
+
+def shuffled(stream: Iterable[Pair], buffer: int, rng: Random) -> Iterator[Pair]:
+    """Each drawn from the `buffer` pairs that are next in the stream."""
+    held: list[Pair] = []
+    for pair in stream:
+        if len(held) < buffer:
+            held.append(pair)
+            continue
+        at = rng.randrange(buffer)
+        yield held[at]
+        held[at] = pair
+    rng.shuffle(held)
+    yield from held
+
+
+def batches(stream: Iterable[Pair], size: int) -> Iterator[list[Pair]]:
+    """Of `size` pairs each; what is left over at the end only where there is nothing else."""
+    batch: list[Pair] = []
+    whole = False
+    for pair in stream:
+        batch.append(pair)
+        if len(batch) == size:
+            yield batch
+            batch, whole = [], True
+    if len(batch) > 1 and not whole:
+        yield batch
+
+
+def hashed(identity: str) -> int:
+    """A number that is equal where identities are, of 63 bits."""
+    return _number(identity) >> 1
+
+
+def _number(text: str) -> int:
+    return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest())

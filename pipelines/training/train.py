@@ -1,0 +1,244 @@
+"""A training run: its plan, and Ray Train at work on it. What it makes is in `Store(config.output)`:
+
+train.json         settings, and the versions of the input's shards
+survey.json        the training samples' numbers, words and identities
+checkpoints/       the last two, from which the same command goes on
+model/             config.json, model.safetensors, vocab.txt: the best epoch's, an encoder at once
+metrics.json       every epoch's figures       curves.png   the same to look at
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import ray
+import ray.data
+from ray.data import DataContext, ExecutionOptions
+from ray.train import DataConfig as SplitBetweenWorkers
+from ray.train import FailureConfig, RunConfig, ScalingConfig
+from ray.train.torch import TorchTrainer
+
+from pipelines import sources
+from pipelines.contracts import Shard
+from pipelines.encoders.matcher import image_transform
+from pipelines.errors import InputError, PreflightError
+from pipelines.failures import plain_errors
+from pipelines.lease import Say, held
+from pipelines.ledger import Work
+from pipelines.meter import OnProgress, RemoteObserve, reading, reporting, start_meter
+from pipelines.observe import Observe, nowhere
+from pipelines.prepare import Cluster, require_output
+from pipelines.read import ShardSource
+from pipelines.record import differences
+from pipelines.secrets import masked_values
+from pipelines.storage import Store, scratch_folder
+from pipelines.training.checkpoint import RECORD, SURVEY, epochs_in, read_history
+from pipelines.training.curves import draw_curves
+from pipelines.training.examples import Examples, Part
+from pipelines.training.loop import Task, matcher_config, work
+from pipelines.training.settings import TrainConfig
+from pipelines.training.survey import Count, Survey, add_up
+
+CURVES = "curves.png"
+_MAY_CHANGE = {"output", "workers", "cluster", "storage"}
+"""Settings that a run may be continued with others of; the rest decides what it makes."""
+
+
+@dataclass(frozen=True)
+class TrainRun:
+    """A run ready to start. config holds no "auto". shards: of the input; val_shards: of what is evaluated on.
+
+    done: epochs that a checkpoint has. finished: nothing is left to do.
+    """
+
+    config: TrainConfig
+    store: Store
+    shards: list[Shard]
+    val_shards: list[Shard]
+    record: dict[str, Any]
+    done: int
+    finished: bool
+
+    @property
+    def train_part(self) -> Part:
+        data = self.config.data
+        return Part(data.identity, data.train, ("train", data.split) if data.split else None)
+
+    @property
+    def val_part(self) -> Part:
+        data = self.config.data
+        return Part(data.identity, data.val, ("val", data.split) if data.split else None)
+
+
+def prepare_training(config: TrainConfig, cluster: Cluster) -> TrainRun:
+    """Reads, and changes nothing. Raises: ConfigError, InputError, PreflightError."""
+    config = resolved(config, cluster)
+    store, data = Store(config.output, config.storage), config.data
+    shards = _shards(config.input, config)
+    others = data.val_input or ([] if not config.evaluates else config.input)
+    val_shards = shards if others == config.input else _shards(others, config) if others else []
+    settings = masked_values(config.model_dump(mode="json", exclude=_MAY_CHANGE))
+    versions = {shard.id: shard.version for shard in {*shards, *val_shards}}
+    record = {"settings": settings, "shards": versions}
+    _require_same(store, record)
+    finished = bool(read_history(store).get("finished"))
+    return TrainRun(config, store, shards, val_shards, record, max(epochs_in(store), default=0), finished)
+
+
+def _shards(inputs: list[str], config: TrainConfig) -> list[Shard]:
+    return sources.plan_shards(inputs, config.format, config.read, Store(options=config.storage), {})[0]
+
+
+def resolved(config: TrainConfig, cluster: Cluster) -> TrainConfig:
+    """The same settings without "auto". Raises: PreflightError for what would leave the run waiting for ever."""
+    workers = config.workers
+    gpus = workers.gpus_per_worker
+    gpus = (1.0 if cluster.gpus else 0.0) if gpus == "auto" else gpus
+    count = int(workers.workers) if workers.workers != "auto" else max(1, int(cluster.gpus // gpus)) if gpus else 1
+    threads = workers.threads if workers.threads != "auto" else max(1, int(cluster.node_cpus * cluster.nodes // count))
+    needed = count * workers.cpus_per_worker + config.cluster.spare_cpus
+    if needed > cluster.cpus or count * gpus > cluster.gpus:
+        raise PreflightError(
+            f"{count} workers of {workers.cpus_per_worker:g} CPUs and {gpus:g} GPUs, and {config.cluster.spare_cpus:g} "
+            f"CPUs to spare for reading and decoding, need {needed:g} and {count * gpus:g}; the cluster has "
+            f"{cluster.cpus:g} and {cluster.gpus:g}",
+            "Lower workers.workers, workers.cpus_per_worker or workers.gpus_per_worker.",
+        )
+    if config.optim.batch_size % count or config.optim.batch_size // count < 2:
+        raise PreflightError(
+            f"optim.batch_size = {config.optim.batch_size} cannot be shared out among {count} workers",
+            f"Take a multiple of {count}, of 2 pairs a worker at least.",
+        )
+    precision = config.optim.precision if config.optim.precision != "auto" else "bf16" if gpus else "fp32"
+    resolved_workers = {"workers": count, "gpus_per_worker": gpus, "threads": threads}
+    return config.model_copy(
+        update={
+            "workers": workers.model_copy(update=resolved_workers),
+            "optim": config.optim.model_copy(update={"precision": precision}),
+        }
+    )
+
+
+def _require_same(store: Store, record: dict[str, Any]) -> None:
+    """Raises: PreflightError that shows how this run differs from the one that the output has."""
+    try:
+        before = json.loads(store.read(RECORD))
+    except FileNotFoundError:
+        return
+    if changed := differences(before, json.loads(json.dumps(record))):
+        shown = "\n  ".join(changed[:12])
+        raise PreflightError(
+            f"{store.root} holds a run with other settings or another input:\n  {shown}",
+            "Give this one another output, or restore what is shown above to go on with that run.",
+        )
+
+
+# -- the run -------------------------------------------------------------------------------------
+
+
+def train(
+    run: TrainRun,
+    on_progress: OnProgress = lambda stages: None,
+    say: Say = lambda line: None,
+    on_survey: Callable[[Task], None] = lambda task: None,
+) -> dict[str, Any]:
+    """Trains what is left, and returns the run's metrics. Ray must be connected.
+
+    on_survey: told once, before the first step. Raises: VecmillError; the last checkpoint stays.
+    """
+    require_output(run.store)
+    with held(run.store, "train", "train", say=say):
+        run.store.put_atomic(RECORD, json.dumps(run.record, indent=2).encode())
+        meter = start_meter()
+        with plain_errors(run.config.cluster.no_progress_timeout_s, lambda: []):
+            configure(run.config)
+            task = Task(run.config, survey(run, say), run.store, RemoteObserve(meter))
+            on_survey(task)
+            with reporting(meter, on_progress, 1.0):
+                fit(run, task)
+        unreadable = int(reading(meter).get("decode", {}).get("unreadable", 0))
+        if unreadable:
+            say(f"{unreadable:,} times an image could not be read, and was left out")
+        history = read_history(run.store)
+        run.store.put_atomic(CURVES, draw_curves(history["epochs"]))
+    return history
+
+
+def survey(run: TrainRun, say: Say) -> Survey:
+    """As an earlier attempt recorded it, else by reading the samples through, their images left alone.
+
+    Raises: InputError where there is nothing to train on.
+    """
+    try:
+        return Survey.parse(run.store.read(SURVEY))
+    except FileNotFoundError:
+        say("Reading the training samples through, for their words and identities")
+    rows = examples(run.shards, run.train_part, run.config, nowhere, pixels=False)
+    counts = rows.map_batches(Count(bool(run.config.loss.cmpc)), batch_format="pyarrow", batch_size=None)
+    found = add_up((row["counts"] for row in counts.iter_rows()), run.config.model.vocab_size)
+    if found.captions < 2:
+        raise InputError(
+            f"{', '.join(run.config.input)}: {found.images} samples to train on, with {found.captions} captions",
+            f"Each needs an image, a caption and, by data.identity, its {run.config.data.identity}; see data.train.",
+        )
+    run.store.put_atomic(SURVEY, found.json().encode())
+    return found
+
+
+def examples(shards: list[Shard], part: Part, config: TrainConfig, observe: Observe, pixels: bool = True) -> Any:
+    """A Ray data set of EXAMPLE rows, in the order of the shards."""
+    pending = [Work(shard, ("train",)) for shard in shards]
+    rows = ray.data.read_datasource(
+        ShardSource(pending, config.read, Store(options=config.storage)), override_num_blocks=len(pending)
+    )
+    transform = _transform(config) if pixels else None
+    rows = rows.map_batches(
+        Examples(part, config.decode, transform, observe),
+        batch_format="pyarrow",
+        batch_size=None,
+        memory=config.cluster.memory_per_decode_task_mib * 2**20,
+    )
+    return rows.materialize() if pixels and config.data.cache else rows
+
+
+def _transform(config: TrainConfig) -> Any:
+    return image_transform(matcher_config(config.model, 0))
+
+
+def configure(config: TrainConfig) -> None:
+    """Ray Data's settings, made before any data set is: they are sealed into it."""
+    context = DataContext.get_current()
+    context.max_errored_blocks = 0
+    context.enable_progress_bars = False
+    context.execution_options.preserve_order = True
+    context.execution_options.verbose_progress = False
+
+
+def fit(run: TrainRun, task: Task) -> None:
+    workers = run.config.workers
+    data = {"train": examples(run.shards, run.train_part, run.config, task.observe)}
+    if run.val_shards:
+        data["val"] = examples(run.val_shards, run.val_part, run.config, task.observe)
+    resources = {"CPU": workers.cpus_per_worker, "GPU": float(workers.gpus_per_worker)}
+    with scratch_folder() as folder:
+        trainer = TorchTrainer(
+            work,
+            train_loop_config={"task": task},
+            datasets=data,
+            dataset_config=SplitBetweenWorkers(
+                datasets_to_split=["train"], execution_options=ExecutionOptions(preserve_order=True)
+            ),
+            scaling_config=ScalingConfig(
+                num_workers=int(workers.workers),
+                use_gpu=bool(workers.gpus_per_worker),
+                resources_per_worker={name: count for name, count in resources.items() if count},
+            ),
+            run_config=RunConfig(
+                name="train", storage_path=str(Path(folder)), failure_config=FailureConfig(workers.failures)
+            ),
+        )
+        trainer.fit()

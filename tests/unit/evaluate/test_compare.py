@@ -1,0 +1,77 @@
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from pipelines.errors import ConfigError
+from pipelines.evaluate.compare import Wanted, compare, contenders, overlap
+from pipelines.storage import Store
+from tests.indexed import ENCODER, Item, everything, write_output
+
+
+@pytest.fixture(scope="module")
+def compared(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, Any]]:
+    """Two encoders of one output, of other dimensions, and one of another output."""
+    root = tmp_path_factory.mktemp("compared")
+    store = write_output(root / "a", parts=2)
+    write_output(root / "a", parts=2, dim=8, seed=1, encoder="other-11111111")
+    there = write_output(root / "b", parts=3, seed=2)
+    return root, compare(
+        contenders([store, there]), Wanted(k=5, agreed=40, shown=3), lambda rival: {"images_per_second": 7.0}
+    )
+
+
+def nearest(items: list[Item], vectors: np.ndarray, key: str, k: int) -> list[str]:
+    at = [item.key for item in items].index(key)
+    order = np.argsort(-(vectors @ vectors[at]), kind="stable")
+    return [items[other].key for other in order if other != at][:k]
+
+
+def test_each_encoder_shows_its_own_nearest(compared: tuple[Path, dict[str, Any]]) -> None:
+    root, document = compared
+    names = ["other-11111111", f"{ENCODER} (a)", f"{ENCODER} (b)"]
+    assert [card["name"] for card in document["encoders"]] == names and len(document["queries"]) == 3
+    places = [("a", "other-11111111"), ("a", ENCODER), ("b", ENCODER)]
+    for query in document["queries"]:
+        for found, name, (folder, encoder) in zip(query["found"], names, places, strict=True):
+            assert found["encoder"] == name
+            expected = nearest(*everything(root / folder, "image", encoder), query["key"], 5)
+            assert [hit["key"] for hit in found["hits"]] == expected
+
+
+def test_the_table_has_size_and_quality(compared: tuple[Path, dict[str, Any]]) -> None:
+    _, document = compared
+    other, one, _ = document["encoders"]
+    assert (one["dim"], one["bytes_per_vector"], other["dim"], other["bytes_per_vector"]) == (16, 32, 8, 16)
+    assert one["quality"]["captions text→image"]["recall@10"] > 0.3 and one["images_per_second"] == 7.0
+    assert all(0 <= share <= 1 for share in document["overlap"].values()) and len(document["overlap"]) == 3
+
+
+def test_overlap_is_the_share_in_common() -> None:
+    one = np.array([[1, 2, 3, 4], [5, 6, 7, 8]])
+    assert overlap(one, one) == 1 and overlap(one, np.array([[4, 9, 1, 10], [0, 0, 0, 5]])) == pytest.approx(3 / 8)
+
+
+def test_the_page_stands_alone_and_says_what_cannot_be_shown(compared: tuple[Path, dict[str, Any]]) -> None:
+    _, document = compared
+    html = Path(document["page"]).read_text()
+    assert html.count("no image was read") > 10 and "<script" not in html
+    assert not re.search(r"(src|href)=\"(?!data:)", html)
+
+
+def test_a_query_is_chosen_by_key(compared: tuple[Path, dict[str, Any]]) -> None:
+    root, _ = compared
+    rivals = contenders([Store(str(root / "a"))])
+    key = everything(root / "a", "image")[0][17].key
+    assert [query["key"] for query in compare(rivals, Wanted(keys=[key], agreed=5))["queries"]] == [key]
+    with pytest.raises(ConfigError, match="the key nobody"):
+        compare(rivals, Wanted(keys=["nobody"]))
+
+
+def test_one_encoder_is_nothing_to_compare(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="nothing to compare it with"):
+        contenders([write_output(tmp_path, parts=1)])

@@ -1,0 +1,141 @@
+"""Groups of near-duplicates, against pairs compared one by one."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from pipelines.errors import IndexBuildError
+from pipelines.evaluate.duplicates import Groups, Sought, find_duplicates, largest_groups
+from pipelines.storage import Store
+from tests.indexed import ENCODER, everything, key_of, write_output
+from tests.unit.test_search import write_release
+
+THRESHOLD = 0.9
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    root = tmp_path_factory.mktemp("duplicates")
+    write_release(root, parts=3)
+    return root
+
+
+def found_in(root: Path, **sought: Any) -> tuple[dict[str, Any], list[dict[str, Any]], list[str], list[str]]:
+    """Summary, groups, and the lists of keys to keep and to remove."""
+    store = Store(str(root))
+    summary = find_duplicates(store, ENCODER, "image", Sought(**{"threshold": THRESHOLD, "k": 200, **sought}))
+    folder = Path(summary["folder"])
+    lists = [(folder / name).read_text().splitlines() for name in ("keep.txt", "remove.txt")]
+    return summary, pq.read_table(folder / "groups.parquet").to_pylist(), lists[0], lists[1]
+
+
+def one_by_one(vectors: np.ndarray) -> list[set[int]]:
+    """Connected components of two or more, grown from each item."""
+    near = vectors @ vectors.T >= THRESHOLD
+    left, groups = set(range(len(vectors))), []
+    while left:
+        group, edge = set(), {left.pop()}
+        while edge:
+            group |= edge
+            edge = {int(at) for item in edge for at in np.flatnonzero(near[item])} - group
+        left -= group
+        groups.append(group)
+    return [group for group in groups if len(group) > 1]
+
+
+@pytest.mark.parametrize("how", [{"exact": True}, {}, {"memory_mib": 0}], ids=["exact", "index", "a shard at a time"])
+def test_groups_are_the_connected_items(root: Path, how: dict[str, Any]) -> None:
+    items, vectors = everything(root, "image")
+    expected = {min(group): {items[at].key for at in group} for group in one_by_one(vectors)}
+    summary, rows, keep, remove = found_in(root, **how)
+    groups: dict[int, set[str]] = {}
+    for row in rows:
+        groups.setdefault(row["group"], set()).add(row["key"])
+    assert groups == expected and len(groups) > 3
+    first = {items[group].key for group in expected}
+    assert {row["key"] for row in rows if row["keep"]} == first
+    assert set(remove) == set().union(*expected.values()) - first
+    assert sorted([*keep, *remove]) == sorted(item.key for item in items)
+    assert (summary["groups"], summary["remove"]) == (len(expected), len(remove))
+    scores = vectors @ vectors.T - 9 * np.eye(len(vectors))
+    nearest = {items[at].key: scores[at].max() for at in range(len(items))}
+    assert [row["nearest"] for row in rows] == pytest.approx([nearest[row["key"]] for row in rows], abs=1e-5)
+
+
+def test_the_same_again_is_the_same(root: Path) -> None:
+    assert found_in(root) == found_in(root)
+
+
+def test_the_image_of_most_pixels_stays(tmp_path: Path) -> None:
+    write_output(tmp_path, parts=1)
+    path = next((tmp_path / "samples").glob("*.parquet"))
+    table = pq.read_table(path)
+    sizes = pa.array([row % 50 for row in table["row"].to_pylist()], pa.int32())
+    for name in ("width", "height"):
+        table = table.set_column(table.schema.get_field_index(name), name, sizes)
+    pq.write_table(table, path)
+    _, rows, _, _ = found_in(tmp_path, exact=True, keep="largest")
+    groups: dict[int, list[dict[str, Any]]] = {}
+    for row in rows:
+        groups.setdefault(row["group"], []).append(row)
+    for members in groups.values():
+        (stays,) = [row["row"] for row in members if row["keep"]]
+        assert stays == min((row["row"] for row in members), key=lambda row: (-(row % 50), row))
+
+
+def test_a_key_of_a_sample_that_stays_is_not_removed(tmp_path: Path) -> None:
+    write_output(tmp_path, parts=1)
+    _, rows, _, remove = found_in(tmp_path, exact=True)
+    _, loner = everything(tmp_path, "image")[0][0], remove[0]
+    for path in (tmp_path / "embeddings" / ENCODER / "image").glob("*.parquet"):
+        table = pq.read_table(path)
+        alone = next(key for key in table["key"].to_pylist() if key not in {row["key"] for row in rows})
+        keys = [loner if key == alone else key for key in table["key"].to_pylist()]
+        pq.write_table(table.set_column(table.schema.get_field_index("key"), "key", pa.array(keys)), path)
+    summary, _, keep, again = found_in(tmp_path, exact=True)
+    assert summary["keys_of_kept_samples_too"] == 1 and loner in keep and set(again) == set(remove) - {loner}
+
+
+def test_the_largest_groups_are_shown(root: Path) -> None:
+    summary, rows, _, _ = found_in(root)
+    shown = largest_groups(Store(str(root)), summary, 2)
+    sizes = sorted(
+        (sum(row["group"] == group for row in rows) for group in {row["group"] for row in rows}), reverse=True
+    )
+    assert [len(members) for members in shown] == sizes[:2]
+
+
+def test_nothing_alike_is_no_group(tmp_path: Path) -> None:
+    write_output(tmp_path, parts=1, rows=4)
+    summary, rows, keep, remove = found_in(tmp_path, exact=True, threshold=1.0)
+    assert (summary["groups"], rows, remove) == (0, [], [])
+    assert keep == [key_of(0, row) for row in range(4)] and largest_groups(Store(str(tmp_path)), summary, 3) == []
+
+
+def test_without_an_index_it_says_what_to_do(tmp_path: Path) -> None:
+    write_output(tmp_path, parts=1)
+    with pytest.raises(IndexBuildError, match="vecmill index"):
+        found_in(tmp_path)
+
+
+@given(st.lists(st.tuples(st.integers(0, 19), st.integers(0, 19)), min_size=1), st.integers(1, 5), st.randoms())
+def test_the_order_of_pairs_does_not_matter(pairs: list[tuple[int, int]], step: int, random: Any) -> None:
+    def joined(order: list[tuple[int, int]]) -> list[int]:
+        groups = Groups(20)
+        for at in range(0, len(order), step):
+            ones, others = np.array(order[at : at + step]).T
+            groups.join(ones, others, np.ones(len(ones), np.float32))
+        return groups.all_roots().tolist()
+
+    shuffled = random.sample(pairs, len(pairs))
+    assert joined(pairs) == joined(shuffled)
+    parents = joined(pairs)
+    assert all(parents[one] == parents[other] <= min(one, other) for one, other in pairs)

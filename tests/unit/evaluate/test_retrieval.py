@@ -1,0 +1,167 @@
+"""Protocols on real parts, against the whole table of scores."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from pipelines.errors import ConfigError
+from pipelines.evaluate.metrics import of_whole, ranked
+from pipelines.evaluate.ranking import Room
+from pipelines.evaluate.retrieval import Asked, evaluate, kept_at
+from pipelines.record import read_record, write_record
+from pipelines.storage import Store
+from tests.indexed import ENCODER, Item, everything
+from tests.unit.evaluate.outputs import describe, described, label_of
+from tests.unit.test_search import write_release
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    root = tmp_path_factory.mktemp("evaluated")
+    write_release(root, parts=3)
+    describe(root)
+    return root
+
+
+def result(root: Path, asks: str = "", **asked: Any) -> dict[str, Any]:
+    """Of the direction that asks with `asks`, or the only one."""
+    found = evaluate(Store(str(root)), ENCODER, Asked(**asked))["results"]
+    (one,) = [each for each in found if asks in ("", each["asks"])]
+    return dict(one)
+
+
+def expected(root: Path, asks: str, finds: str, same: Any, keep: Any = lambda item: True) -> dict[str, float]:
+    """The figures from all scores at once. same: whether two items belong together."""
+    questions, queries = kept(root, asks, keep)
+    gallery, vectors = kept(root, finds, keep)
+    relevant = np.array([[same(one, other) for other in gallery] for one in questions])
+    scores = queries @ vectors.T
+    if asks == finds:
+        np.fill_diagonal(relevant, False)
+        np.fill_diagonal(scores, -np.inf)
+    answerable = relevant.any(axis=1)
+    return of_whole([ranked(scores[answerable], relevant[answerable])])
+
+
+def kept(root: Path, modality: str, keep: Any) -> tuple[list[Item], np.ndarray]:
+    items, vectors = everything(root, modality)
+    which = [at for at, item in enumerate(items) if keep(item)]
+    return [items[at] for at in which], vectors[which]
+
+
+def of_one_sample(one: Item, other: Item) -> bool:
+    return (one.shard, one.row) == (other.shard, other.row)
+
+
+def of_one_label(one: Item, other: Item) -> bool:
+    return label_of(one.row) is not None and label_of(one.row) == label_of(other.row)
+
+
+def in_test(item: Item) -> bool:
+    return described(item.row)[1]["split"] == "test"
+
+
+@pytest.mark.parametrize(("asks", "finds"), [("image", "text"), ("text", "image")])
+def test_captions_and_images_find_each_other(root: Path, asks: str, finds: str) -> None:
+    found = result(root, asks, protocols=("captions",))
+    assert found["figures"] == pytest.approx(expected(root, asks, finds, of_one_sample))
+    # They are near each other, by construction: it is no table of zeros.
+    assert found["figures"]["recall@1"] > 0.3
+    images, captions = len(everything(root, "image")[0]), len(everything(root, "text")[0])
+    assert found["gallery"] == {"text": captions, "image": images}[finds]
+    assert found["queries"] + found["unanswerable"] == found["of"] == {"text": captions, "image": images}[asks]
+
+
+def test_images_find_others_of_their_label(root: Path) -> None:
+    found = result(root, protocols=("label",))
+    theirs = expected(root, "image", "image", of_one_label, lambda i: label_of(i.row))
+    # Scores nearer to each other than float32 sums are exact count as equal; of 800,000 a few are.
+    assert found["figures"] == pytest.approx(theirs, rel=1e-4)
+
+
+def test_a_caption_finds_any_image_of_its_identity(root: Path) -> None:
+    found = result(root, protocols=("identity",), identity="id")
+    assert found["figures"] == pytest.approx(expected(root, "text", "image", lambda a, b: a.row // 3 == b.row // 3))
+
+
+def test_a_split_asks_and_is_found(root: Path) -> None:
+    found = result(root, "text", protocols=("captions",), split="test")
+    assert found["figures"] == pytest.approx(expected(root, "text", "image", of_one_sample, in_test))
+
+
+def test_folds_are_ranked_by_themselves_and_averaged(root: Path) -> None:
+    found = result(root, "text", protocols=("captions",), fold=100)
+    samples = [(item.shard, item.row) for item in everything(root, "text")[0]]
+    has_caption = list(dict.fromkeys(samples))
+    folds = [set(has_caption[at : at + 100]) for at in range(0, len(has_caption) - 99, 100)]
+    means = [expected(root, "text", "image", of_one_sample, lambda i, f=fold: (i.shard, i.row) in f) for fold in folds]
+    assert found["folds"] == len(folds) > 2 and found["gallery"] == 100
+    assert found["figures"] == pytest.approx({name: np.mean([each[name] for each in means]) for name in means[0]})
+
+
+def test_an_index_that_finds_everything_loses_nothing(root: Path) -> None:
+    for found in (result(root, "text", protocols=("captions",)), result(root, protocols=("label",))):
+        through = found["through"]
+        assert through["release"] == "v0001" and set(through["loss"].values()) == {0.0}
+        figures = {name: value for name, value in found["figures"].items() if name in through["found"]}
+        # The label's gallery leaves out what has no label, which an index does not.
+        assert found["protocol"] == "label" or through["found"] == pytest.approx(figures)
+
+
+def test_what_an_index_does_not_find_is_its_loss(root: Path, tmp_path: Path) -> None:
+    write_release(tmp_path, parts=3, shards=2)
+    broken = tmp_path / "index" / ENCODER / "image" / "v0001" / "manifest.json"
+    manifest = json.loads(broken.read_text())
+    manifest["shards"] = manifest["shards"][:1]
+    broken.write_text(json.dumps(manifest))
+    through = result(tmp_path, "text", protocols=("captions",))["through"]
+    assert through["loss"]["recall@10"] == pytest.approx(through["exact"]["recall@10"] - through["found"]["recall@10"])
+    assert through["loss"]["recall@10"] > 0.1
+
+
+def test_a_sample_of_queries_is_near_all_of_them_and_seeded(root: Path) -> None:
+    everyone = result(root, "text", protocols=("captions",))["figures"]["recall@10"]
+    some = result(root, "text", protocols=("captions",), sample=300)
+    assert some["queries"] == 300 and some["figures"]["recall@10"] == pytest.approx(everyone, abs=0.1)
+    assert some == result(root, "text", protocols=("captions",), sample=300)
+
+
+def test_what_fits_is_chosen_and_kept_as_json(root: Path) -> None:
+    document = evaluate(Store(str(root)), ENCODER, Asked(sample=50))
+    assert [each["protocol"] for each in document["results"]] == ["captions", "captions", "label"]
+    assert json.loads((root / kept_at(ENCODER)).read_text()) == document
+
+
+def test_memory_decides_nothing_but_the_time(root: Path) -> None:
+    class Tight(Room):
+        def tile_rows(self, queries: int, dim: int) -> int:
+            return 50
+
+    roomy, tight = (result(root, protocols=("label",), index=False, room=room) for room in (Room(), Tight(64)))
+    assert roomy["figures"] == pytest.approx(tight["figures"])
+
+
+def test_what_cannot_be_asked_is_said(root: Path, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="--identity id"):
+        result(root, protocols=("identity",))
+    with pytest.raises(ConfigError, match="no image vectors of the split dev"):
+        result(root, protocols=("captions",), split="dev")
+    with pytest.raises(ConfigError, match="fewer than 10,000 samples"):
+        result(root, protocols=("captions",), fold=10_000)
+    store = write_release(tmp_path, parts=1)
+    with pytest.raises(ConfigError, match=r"no .* to ask with"):
+        result(tmp_path, protocols=("label",))
+    record = read_record(store)
+    record.encoders[ENCODER].spec["vectors"]["text"]["space"] = "text"
+    record.encoders[ENCODER].fingerprint = "0" * 64
+    Path(tmp_path / "run.json").unlink()
+    write_record(store, record)
+    with pytest.raises(ConfigError, match="image vectors are of the space joint, text vectors of text"):
+        result(tmp_path, protocols=("captions",))
+    with pytest.raises(ConfigError, match="neither comparable images and captions nor labels"):
+        result(tmp_path)

@@ -1,0 +1,166 @@
+from __future__ import annotations
+
+import io
+import tarfile
+from hashlib import sha256
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from PIL import Image
+
+from pipelines.errors import ConfigError
+from pipelines.evaluate.similarity import Side, similarity
+from pipelines.evaluate.thumbnails import thumbnail
+from pipelines.record import read_record
+from pipelines.storage import Store
+from tests.indexed import ENCODER, everything, write_output
+from tests.unit.evaluate.outputs import describe, label_of
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    root = tmp_path_factory.mktemp("similar")
+    write_output(root, parts=3)
+    describe(root)
+    return root
+
+
+def side(root: Path, modality: Any) -> Side:
+    return Side(Store(str(root)), ENCODER, modality)
+
+
+def test_matched_pairs_are_of_one_sample_and_auc_is_counted_pair_by_pair(root: Path) -> None:
+    figures = similarity(side(root, "text"), side(root, "image"), sample=60)
+    matrix = np.load(Path(figures["folder"]) / "matrix.npy")
+    assert matrix.shape == (60, 60) and figures["items"] == 60
+    items, vectors = everything(root, "text")
+    images = dict(
+        zip(
+            [(item.shard, item.row) for item in everything(root, "image")[0]], everything(root, "image")[1], strict=True
+        )
+    )
+    own = {tuple(vector): (item.shard, item.row) for item, vector in zip(items, vectors, strict=True)}
+    assert set(np.diag(matrix).round(4)) <= {np.float32(np.dot(vector, images[own[vector]])).round(4) for vector in own}
+    matched, unmatched = figures["matched"]["pairs"], figures["unmatched"]["pairs"]
+    assert matched >= 60 and matched + unmatched == 3_600
+    assert figures["auc"] > 0.9 and figures["matched"]["mean"] > figures["unmatched"]["mean"]
+
+
+def test_a_set_with_itself_is_matched_by_label_without_the_diagonal(root: Path) -> None:
+    figures = similarity(side(root, "image"), side(root, "image"), sample=10**4)
+    items, vectors = everything(root, "image")
+    scores = vectors @ vectors.T
+    labels = [label_of(item.row) for item in items]
+    same = np.array([[a == b and a is not None for b in labels] for a in labels])
+    np.fill_diagonal(same, False)
+    off = ~np.eye(len(items), dtype=bool)
+    assert figures["matched"]["pairs"] == same.sum() and figures["matched"]["mean"] == pytest.approx(
+        scores[same].mean(), abs=1e-4
+    )
+    assert figures["unmatched"]["mean"] == pytest.approx(scores[off & ~same].mean(), abs=1e-4)
+    greater = (scores[same][:, None] > scores[off & ~same][None, ::97]).mean()
+    assert figures["auc"] == pytest.approx(greater, abs=0.02)
+    names = sorted({label for label in labels if label})
+    assert figures["labels"]["names"] == names
+    block = np.array([label == names[0] for label in labels])
+    assert figures["labels"]["means"][0][1] == pytest.approx(
+        scores[np.ix_(block, [label == names[1] for label in labels])].mean(), abs=1e-4
+    )
+    assert figures["modality_gap"] == 0
+
+
+def test_two_outputs_meet_by_key(root: Path, tmp_path: Path) -> None:
+    write_output(tmp_path, parts=5)
+    figures = similarity(side(root, "image"), side(tmp_path, "text"), sample=50)
+    assert figures["items"] > 20 and figures["auc"] > 0.9
+    other = tmp_path / "other"
+    write_output(other, parts=1, first=9)
+    with pytest.raises(ConfigError, match="no sample in common"):
+        similarity(side(root, "image"), side(other, "image"))
+
+
+def test_what_cannot_be_compared_is_refused_with_the_reason(root: Path, tmp_path: Path) -> None:
+    write_output(tmp_path, parts=1, dim=8)
+    with pytest.raises(ConfigError, match=r"different encoders(.|\n)*dim: 16 → 8"):
+        similarity(side(root, "image"), side(tmp_path, "image"))
+    with pytest.raises(ConfigError, match="no multimodal vectors"):
+        similarity(side(root, "image"), side(root, "multimodal"))
+    record = read_record(Store(str(tmp_path)))
+    record.encoders[ENCODER].spec["vectors"]["text"]["space"] = "text"
+    (tmp_path / "run.json").write_text(record.model_dump_json())
+    with pytest.raises(ConfigError, match="image vectors are of the space joint"):
+        similarity(side(tmp_path, "image"), side(tmp_path, "text"))
+
+
+@pytest.mark.parametrize("sample", [5, 300])
+def test_the_picture_has_what_the_data_has(root: Path, sample: int) -> None:
+    figures = similarity(side(root, "image"), side(root, "text"), sample=sample)
+    with Image.open(Path(figures["folder"]) / "similarity.png") as picture:
+        colours = np.asarray(picture.convert("RGB")).reshape(-1, 3)
+        assert picture.width > 1_000 and len(np.unique(colours, axis=0)) > 50
+
+
+# -- thumbnails ----------------------------------------------------------------------------------
+
+
+def picture(colour: str) -> bytes:
+    file = io.BytesIO()
+    Image.new("RGB", (300, 200), colour).save(file, "PNG")
+    return file.getvalue()
+
+
+def sample_of(uri: Path, data: bytes, **place: Any) -> dict[str, Any]:
+    found = {"uri": str(uri), "offset": None, "length": None, "row_group": None, "sha256": sha256(data).hexdigest()}
+    return {**found, **place}
+
+
+def colour_of(found: Any) -> tuple[int, ...]:
+    assert found.jpeg, found.reason
+    image = found.image()
+    assert max(image.size) == 128
+    return tuple(round(value / 255) for value in image.getpixel((5, 5)))
+
+
+def test_thumbnails_come_from_wherever_images_lie(tmp_path: Path) -> None:
+    red, blue = picture("red"), picture("blue")
+    for suffix, mode in ((".tar", "w"), (".tar.gz", "w:gz")):
+        with tarfile.open(tmp_path / f"a{suffix}", mode) as tar:  # type: ignore[call-overload]
+            for name, data in (("1.png", red), ("2.png", blue)):
+                member = tarfile.TarInfo(name)
+                member.size = len(data)
+                tar.addfile(member, io.BytesIO(data))
+    (tmp_path / "b.png").write_bytes(blue)
+    rows = [{"bytes": data, "path": None} for data in (red, red, blue)]
+    pq.write_table(pa.table({"image": rows, "text": ["a", "b", "c"]}), tmp_path / "c.parquet", row_group_size=2)
+    with tarfile.open(tmp_path / "a.tar") as tar:
+        offset = tar.getmember("2.png").offset_data
+    place = {"offset": offset, "length": len(blue)}
+    for found in (
+        sample_of(tmp_path / "a.tar", blue, **place),
+        sample_of(tmp_path / "a.tar.gz", blue, **place),
+        sample_of(tmp_path / "b.png", blue, offset=0, length=len(blue)),
+        sample_of(tmp_path / "c.parquet", blue, row_group=1),
+    ):
+        assert colour_of(thumbnail(Store(), found)) == (0, 0, 1)
+
+
+def test_what_cannot_be_shown_has_a_reason(tmp_path: Path) -> None:
+    data = picture("red")
+    gone = tmp_path / "gone.tar"
+    (tmp_path / "other.png").write_bytes(picture("blue"))
+    (tmp_path / "bad.png").write_bytes(b"no image")
+    cases = {
+        "gone": sample_of(gone, data, offset=512, length=10),
+        "not_found": sample_of(tmp_path / "gone.png", data),
+        "changed": sample_of(tmp_path / "other.png", data),
+        "no_image": {**sample_of(gone, data), "sha256": None},
+        "UnidentifiedImageError": sample_of(tmp_path / "bad.png", b"no image"),
+    }
+    for reason, sample in cases.items():
+        found = thumbnail(Store(), sample)
+        assert found.jpeg is None and found.data_uri is None and reason in found.reason, (reason, found.reason)
+        assert found.image().size == (128, 128)

@@ -1,0 +1,92 @@
+"""No search finds what was taken down, from the moment that it was."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from pipelines import search
+from pipelines.compact import compact_parts
+from pipelines.errors import ConfigError
+from pipelines.index.grow import update_index
+from pipelines.index.release import read_release
+from pipelines.index.removed import holds_removed
+from pipelines.ledger import read_commit, standing_commits
+from pipelines.remove import Asked, remove
+from pipelines.search import Searcher
+from pipelines.storage import Store
+from pipelines.takedowns import note_compacted, requests
+from pipelines.verify import problems
+from tests.indexed import ENCODER, everything, key_of
+from tests.unit.test_search import write_release
+
+ASKED = Asked([key_of(0, 3), key_of(2, 0), key_of(2, 1)])
+
+
+def keys(store: Store, **how: Any) -> set[str]:
+    """All that a search finds."""
+    rows = Searcher(store, **how).search(np.ones((1, 16), np.float32), 10_000)
+    return {hit.key for hit in rows[0]}
+
+
+@pytest.mark.parametrize("how", [{}, {"exact": True}, {"resident": False}, {"exact": True, "modality": "text"}])
+def test_nobody_finds_it_from_then_on(tmp_path: Path, how: dict[str, Any]) -> None:
+    store = write_release(tmp_path)
+    before = keys(store, **how)
+    assert set(ASKED.keys) & before
+    remove(store, ASKED, "", "")
+    assert keys(store, **how) == before - set(ASKED.keys)
+
+
+def test_a_search_that_is_open_finds_it_no_more_soon(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(search, "LOOK_EVERY_S", 0.0)
+    store = write_release(tmp_path)
+    searcher, query = Searcher(store), everything(tmp_path, "image")[1][[3]]
+    assert searcher.search(query, 1)[0][0].key == key_of(0, 3)
+    remove(store, ASKED, "", "")
+    assert searcher.search(query, 1)[0][0].key != key_of(0, 3)
+
+
+def test_after_a_compaction_an_old_release_still_holds_it_and_does_not_show_it(tmp_path: Path) -> None:
+    store = write_release(tmp_path)
+    _, vectors = everything(tmp_path, "image")
+    release = read_release(store, ENCODER, "image")
+    assert not holds_removed(store, release)
+    remove(store, ASKED, "", "")
+    assert holds_removed(store, release)
+    compact_parts(store)
+    note_compacted(store, requests(store))
+    assert holds_removed(store, release)
+    hits = Searcher(store).search(vectors, 10_000)[0]
+    assert {hit.shard.split("-")[1] for hit in hits} == {"00001", "00003"}, "parts that were written again are gone"
+    assert not set(ASKED.keys) & keys(store, exact=True)
+
+
+def test_an_update_does_not_carry_it_on(tmp_path: Path) -> None:
+    store = write_release(tmp_path)
+    remove(store, ASKED, "", "")
+    with pytest.raises(ConfigError, match=r"(?s)taken down since, and an update would keep them.*without --update"):
+        update_index(store, ENCODER, "image", {})
+
+
+def test_a_compaction_counts_what_it_drops(tmp_path: Path) -> None:
+    store = write_release(tmp_path)
+    before = [read_commit(store, ref) for ref in standing_commits(store, ENCODER)]
+    remove(store, ASKED, "", "")
+    vectors, texts = f"embeddings/{ENCODER}/image", f"embeddings/{ENCODER}/text"
+    assert [each.items for each in compact_parts(store)] == [
+        {"samples": 1},
+        {"samples": 2},
+        {vectors: 1, texts: 0},
+        {vectors: 2, texts: 2},
+    ]
+    after = [read_commit(store, ref) for ref in standing_commits(store, ENCODER)]
+    assert [commit.generation for commit in after] == [1, 0, 1, 0]
+    assert [commit.counts["image"].removed for commit in after] == [1, 0, 2, 0]
+    assert [commit.counts["text"].removed for commit in after] == [0, 0, 2, 0]
+    lost = [one.counts["image"].embedded - two.counts["image"].embedded for one, two in zip(before, after, strict=True)]
+    assert lost == [1, 0, 2, 0]
+    assert list(problems(store)) == [] == compact_parts(store)

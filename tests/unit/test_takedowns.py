@@ -1,0 +1,263 @@
+"""What is taken down is found once, recorded without its key, and recognised when its shard is read again."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from pipelines import read, sources
+from pipelines.config import ReadConfig, WriteConfig
+from pipelines.contracts import Sample, Shard
+from pipelines.ledger import Counts, Work, make_plan, read_commit, standing_commits, tally
+from pipelines.remove import Asked, Removal, remove
+from pipelines.storage import Store
+from pipelines.takedowns import Marks, read_requests, read_takedowns, requests
+from pipelines.verify import problems
+from pipelines.write import EmbeddingSink
+from tests.encoded import ENCODER, FAMILIES, encoded_row, encoded_rows
+
+ROWS = 23
+SHARDS = ["a-000000000000", "b-000000000000"]
+
+
+@pytest.fixture
+def store(tmp_path: Path) -> Store:
+    """Two shards with the same keys."""
+    store = Store(str(tmp_path))
+    for shard in SHARDS:
+        write(store, shard)
+    return store
+
+
+def write(
+    store: Store, shard: str = SHARDS[0], version: str = "v1", families: Any = FAMILIES, plan: Any = None
+) -> None:
+    EmbeddingSink(store, families, WriteConfig(rows_per_row_group=7), plan).write(
+        [encoded_rows(range(ROWS), ROWS, shard, version)], None
+    )
+
+
+def take_down(store: Store, *keys: str, **more: Any) -> Removal:
+    return remove(store, Asked(list(keys)), "tester@here", "a notice", **more)
+
+
+def rows_of(store: Store, dataset: str, shard: str = SHARDS[0]) -> list[int]:
+    return [
+        row
+        for name in sorted(store.names(dataset))
+        if shard in name
+        for row in pq.read_table(f"{store.root}/{dataset}/{name}")["row"].to_pylist()
+    ]
+
+
+def test_every_sample_of_a_key_is_found_and_what_is_in_none_is_told(store: Store) -> None:
+    removal = take_down(store, "00003", "00019", "nowhere")
+    assert [(found.ref.shard, found.rows["row"].to_pylist()) for found in removal.found] == [
+        (shard, [3, 19]) for shard in SHARDS
+    ]
+    assert removal.missing == ["nowhere"] and removal.samples == 4
+    known = read_takedowns(store)
+    assert known.samples() == 4 and known.rows_of(SHARDS[0], "v1").tolist() == [3, 19]
+    (request,) = read_requests(store)
+    assert (request.by, request.reason, request.samples) == ("tester@here", "a notice", 4) == (
+        removal.request.by, removal.request.reason, removal.request.samples,
+    )  # fmt: skip
+
+
+def test_asking_again_records_nothing(store: Store) -> None:
+    take_down(store, "00003")
+    again = take_down(store, "00003")
+    assert (again.samples, again.before, again.missing, again.request) == (0, 2, [], None)
+    assert len(requests(store)) == 1
+    assert take_down(store, "00003", "00004").samples == 2
+
+
+def test_a_dry_run_leaves_no_trace(store: Store) -> None:
+    before = {*store.names("")}
+    assert take_down(store, "00003", dry_run=True).samples == 2
+    assert {*store.names("")} == before
+
+
+def test_a_tombstone_tells_no_key_caption_or_hash(store: Store) -> None:
+    digest = hashlib.sha256(b"image").hexdigest()
+    marks = Marks(b"0" * 32)
+    assert len({marks.key(digest), marks.content(digest, None), marks.content(None, [digest])}) == 3
+    take_down(store, "00003", "00005")
+    for name in store.names("removed"):
+        data = store.read(f"removed/{name}")
+        assert b"00003" not in data and b"caption" not in data
+        if name.endswith(".parquet"):
+            table = pq.read_table(pa.py_buffer(data))
+            assert table.column_names == ["shard", "version", "row", "key", "key_lasts", "content"]
+            assert all(b"0000" not in mark for mark in table["key"].to_pylist())
+
+
+def test_samples_are_found_by_their_image_under_whatever_key(tmp_path: Path) -> None:
+    store, rows = Store(str(tmp_path)), encoded_rows(range(ROWS), ROWS)
+    digests = [hashlib.sha256(bytes([row % 10])).hexdigest() for row in range(ROWS)]
+    rows = rows.set_column(rows.schema.get_field_index("sha256"), "sha256", pa.array([*digests, None], pa.string()))
+    EmbeddingSink(store, FAMILIES, WriteConfig()).write([rows], None)
+    removal = remove(store, Asked(sha256=[digests[2]]), "", "")
+    assert [found.rows["row"].to_pylist() for found in removal.found] == [[2, 12, 22]]
+
+
+# -- read again ----------------------------------------------------------------------------------
+
+
+def samples(changed: bool = False) -> list[Sample]:
+    """0: image and caption; 1: caption alone; 2: an image. changed: the rows have shifted, key and image of two too."""
+    found = [
+        Sample("zero", b"image 0", True, ["a caption", None]),
+        Sample("one", captions=["another caption"]),
+        Sample("two", b"image 2", True),
+    ]
+    if changed:
+        return [
+            Sample("new", b"new", True),
+            Sample("zero", b"recompressed", True),
+            found[1],
+            Sample("2", b"image 2", True),
+        ]
+    return found
+
+
+def read_shard(
+    store: Store, found: list[Sample], shard: str, version: str, monkeypatch: pytest.MonkeyPatch
+) -> pa.Table:
+    def give(*_: object) -> Iterator[Sample]:
+        yield from found
+
+    monkeypatch.setattr(sources, "samples", give)
+    work = Work(Shard(shard, "s3://b/a.tar", "tar", version, 1), tuple(FAMILIES))
+    return pa.concat_tables(read.read_shard(work, ReadConfig(), Store(), output=store))
+
+
+@pytest.fixture
+def taken_down(tmp_path: Path) -> Store:
+    """All three of `samples` have been removed from a shard, which holds a fourth."""
+    store = Store(str(tmp_path))
+    kept = Sample("kept", b"image 3", True, ["a caption", None])
+    rows = [
+        {
+            **encoded_row(row, SHARDS[0]),
+            "key": sample.key,
+            "captions": sample.captions,
+            "has_image": sample.has_image,
+            "sha256": hashlib.sha256(sample.image).hexdigest() if sample.image else None,
+            "image_vector": None,
+            "text_vectors": [],
+            "rejects": [],
+            "families": ["samples"],
+        }
+        for row, sample in enumerate([*samples(), kept])
+    ]  # fmt: skip
+    end = {**rows[0], "row": 4, "end": True, "key": None, "captions": [], "has_image": False}
+    EmbeddingSink(store, FAMILIES, WriteConfig()).write(
+        [pa.Table.from_pylist([*rows, end], encoded_rows(range(1)).schema)], None
+    )
+    assert take_down(store, "zero", "one", "two").samples == 3
+    return store
+
+
+def gone(table: pa.Table) -> list[int]:
+    return [row["row"] for row in table.to_pylist() if row["key"] is None and not row["end"]]
+
+
+def test_of_a_removed_sample_only_that_it_was_there_is_read(taken_down: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+    table = read_shard(taken_down, samples(), SHARDS[0], "v1", monkeypatch)
+    assert gone(table) == [0, 1, 2]
+    zero, one, two, _ = table.to_pylist()
+    assert (zero["has_image"], zero["captions"]) == (True, [None, None])
+    assert (one["has_image"], one["captions"]) == (False, [None]) and two["captions"] == []
+    assert all(
+        row[name] is None for row in (zero, one, two) for name in ("image", "metadata", "label", "uri", "offset")
+    )
+
+
+def test_where_the_input_has_changed_a_sample_is_known_by_key_or_content(
+    taken_down: Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert gone(read_shard(taken_down, samples(changed=True), SHARDS[0], "v2", monkeypatch)) == [1, 2, 3]
+
+
+def test_in_another_object_by_key_and_content_together(taken_down: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+    elsewhere = [
+        Sample("zero", b"image 0", True),
+        Sample("zero", b"other", True),
+        Sample("x", b"image 0", True),
+        samples()[1],
+    ]
+    assert gone(read_shard(taken_down, elsewhere, "c-000000000000", "v1", monkeypatch)) == [0, 3]
+
+
+def test_a_piece_of_an_object_that_is_cut_anew_is_of_the_same_object(
+    taken_down: Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert gone(read_shard(taken_down, samples(changed=True), f"{SHARDS[0]}-p00001", "v3", monkeypatch)) == [1, 2, 3]
+
+
+def test_a_key_that_is_but_a_number_does_not_last(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Row 3 of a Parquet file without keys goes; when a row is put before it, the row that was before it stays."""
+    store = Store(str(tmp_path))
+    digests = [hashlib.sha256(f"image {row}".encode()).hexdigest() for row in range(10)]
+    rows = pa.Table.from_pylist(
+        [
+            {**row, "key": str(row["row"]), "row_group": 0, "sha256": digests[row["row"]], "image_vector": None, "text_vectors": []}
+            for row in encoded_rows(range(10)).to_pylist()
+        ],
+        encoded_rows(range(1)).schema,
+    )  # fmt: skip
+    end = encoded_rows(range(0), 10)
+    EmbeddingSink(store, {"samples": FAMILIES["samples"]}, WriteConfig()).write(
+        [only_samples(rows), only_samples(end)], None
+    )
+    take_down(store, "3")
+    shifted = [Sample(str(row), f"image {row - 1}".encode(), True, row_group=0) for row in range(11)]
+    assert gone(read_shard(store, shifted, SHARDS[0], "v2", monkeypatch)) == [4]
+
+
+def only_samples(rows: pa.Table) -> pa.Table:
+    field = rows.schema.field("families")
+    column = pa.array([["samples"]] * rows.num_rows, field.type)
+    return rows.set_column(rows.schema.get_field_index("families"), field, column)
+
+
+# -- written again -------------------------------------------------------------------------------
+
+
+def test_removed_rows_are_counted_and_in_no_part(store: Store) -> None:
+    """Fragments of a run that died are older than the takedown: it holds for them too."""
+    take_down(store, "00003", "00004", "00008", "00014")
+    counted = [encoded_row(row) for row in (3, 4, 8, 14)]
+    write(store, version="v2", plan=make_plan(store, [Shard(SHARDS[0], "s3://b/a.tar", "tar", "v2", 1)], FAMILIES))
+    (ref,) = (ref for ref in standing_commits(store, ENCODER.name) if ref.version == "v2")
+    commit = read_commit(store, ref)
+    assert commit.rows == ROWS and commit.removed == 4
+    assert commit.counts["image"].removed == sum(row["has_image"] for row in counted)
+    assert commit.counts["text"].removed == sum(len(row["captions"]) for row in counted)
+    for dataset in (
+        "samples",
+        f"embeddings/{ENCODER.name}/image",
+        f"embeddings/{ENCODER.name}/text",
+        f"rejects/{ENCODER.name}",
+    ):
+        assert not {3, 4, 8, 14} & set(rows_of(store, dataset)) and rows_of(store, dataset)
+    assert list(problems(store)) == []
+    counts, _, _ = tally(store, [ENCODER.name])
+    assert counts["image"] == read_commit(store, standing_commits(store, ENCODER.name)[1]).counts["image"].plus(
+        commit.counts["image"]
+    )
+    assert isinstance(counts["image"], Counts)
+
+
+def test_a_whole_shard_can_go(store: Store) -> None:
+    take_down(store, *(f"{row:05d}" for row in range(ROWS)))
+    write(store, version="v2", plan=make_plan(store, [Shard(SHARDS[0], "s3://b/a.tar", "tar", "v2", 1)], FAMILIES))
+    assert rows_of(store, "samples") == [] == rows_of(store, f"embeddings/{ENCODER.name}/image")
+    assert list(problems(store)) == []
