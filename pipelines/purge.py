@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 from pipelines.collect import Leftover, clear, finish, leftovers
 from pipelines.compact import Holding, compact_parts, holdings
+from pipelines.contracts import FINDINGS
 from pipelines.errors import IndexBuildError
 from pipelines.index.parts import NoVectorsError, embeddings_folder, list_parts
 from pipelines.index.publish import delete_release, holding_removed, withdraw
@@ -76,6 +77,8 @@ def purge(store: Store, drop: bool = False, say: Say = lambda line: None) -> Pur
         done = Purge(written, list(_homes(store)), left, drop)
         for home in done.homes:
             _drop(store, home, drop, say)
+        if asked:
+            _drop_findings(store, say)
         clear(store)
         note_compacted(store, asked)
     return done
@@ -117,3 +120,10 @@ def _drop(store: Store, home: Home, drop: bool, say: Say) -> None:
             withdraw(store, home.folder)
         say(f"deleting {home.folder}/{version}, which holds vectors of what was taken down")
         delete_release(store, home.folder, version)
+
+
+def _drop_findings(store: Store, say: Say) -> None:
+    """They name and show samples, and nothing tells which."""
+    for folder in filter(store.names, FINDINGS):
+        say(f"deleting {folder}/, which may tell of what was taken down")
+        store.delete_folder(folder)

@@ -41,7 +41,7 @@ from pipelines.index.measure import (
 )
 from pipelines.index.parts import BATCH_BYTES, Parts, Vectors, embeddings_folder, list_parts
 from pipelines.index.plan import Plan, make_plan
-from pipelines.index.publish import publish
+from pipelines.index.publish import make_current, require_publishable
 from pipelines.index.queries import Queries, caption_queries, split_sample
 from pipelines.index.recall import DEPTHS, Top, empty_top, merge, without
 from pipelines.index.release import (
@@ -181,17 +181,25 @@ def build_and_settle(build: Build, id_space: int, fingerprint: str, progress: Pr
 
 def settle(store: Store, release: Release, settings: IndexConfig, progress: Progress) -> Release:
     """Publishes the newest release, unless it was so before: what was rolled back does not come again by itself."""
+    if not _had_its_turn(store, release, progress):
+        require_publishable(store, release, settings.floor)
+        # Looked at again: that took a while, in which another build may have been published.
+        if not _had_its_turn(store, release, progress):
+            make_current(store, release, settings.keep, progress)
+    return release
+
+
+def _had_its_turn(store: Store, release: Release, progress: Progress) -> bool:
+    """Whether it is the current release, was and was rolled back, or a later build is."""
     home = index_folder(release.encoder, release.modality)
-    current = current_version(store, home)
+    current, known = current_version(store, home), publication(store, home, release.version)
     if current and number_of(current) > number_of(release.version):
         progress(f"{current}, which another build began later, is the current release")
-    elif current != release.version:
-        known = publication(store, home, release.version)
-        if known and known.withdrawn:
-            progress(f"{current} is the current release: {release.version} was, and was rolled back")
-        else:
-            publish(store, release, settings.floor, settings.keep, progress)
-    return release
+        return True
+    if current != release.version and known and known.withdrawn:
+        progress(f"{current} is the current release: {release.version} was, and was rolled back")
+        return True
+    return current == release.version
 
 
 def id_space(latest: Release | None, parts: Parts, progress: Progress) -> int:

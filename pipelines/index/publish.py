@@ -61,9 +61,19 @@ def publish(store: Store, release: Release, floor: float, keep: int, say: Say = 
 
     floor: for recall@10, re-ranked. Raises: NotPublishedError, and IndexBuildError where files of it are missing.
     """
+    require_publishable(store, release, floor)
+    make_current(store, release, keep, say)
+
+
+def require_publishable(store: Store, release: Release, floor: float) -> None:
+    """Raises: as `publish`. Reads every commit of the encoder."""
     require_files(store, release)
     if barred := list(obstacles(store, release, floor)):
         raise NotPublishedError(release, barred)
+
+
+def make_current(store: Store, release: Release, keep: int, say: Say = lambda line: None) -> None:
+    """The second half of `publish`, for a release that nothing bars."""
     point_at(store, index_folder(release.encoder, release.modality), release.version)
     say(f"{release.folder} is the current release")
     for version in too_old(store, index_folder(release.encoder, release.modality), keep):

@@ -9,7 +9,7 @@ import pyarrow.parquet as pq
 
 from pipelines.index.parts import Ids, PartRange, Parts, open_part, shard_of, version_of
 from pipelines.index.release import Release
-from pipelines.index.selection import Selection
+from pipelines.index.selection import Selection, end_of
 from pipelines.ledger import object_of
 from pipelines.storage import Store
 from pipelines.takedowns import Takedowns, read_takedowns
@@ -22,7 +22,7 @@ def not_removed(store: Store, parts: Parts, known: Takedowns) -> Selection | Non
     """
     if not len(known):
         return None
-    selection = Selection.every(parts.rows)
+    selection = Selection.every(end_of(parts))
     gone = _gone(store, parts, known)
     selection = selection.without_ranges((part.offset, part.offset + part.rows) for part in gone)
     denied = [ids for part, ids in _waiting(store, parts, known) if part not in gone]

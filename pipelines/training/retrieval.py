@@ -7,7 +7,7 @@ from collections.abc import Iterator
 import numpy as np
 from numpy.typing import NDArray
 
-from pipelines.evaluate.metrics import joined, ranked, recall_at_k
+from pipelines.evaluate.metrics import of_whole, ranked
 
 DEPTHS = (1, 5, 10)
 QUERIES_AT_ONCE = 512
@@ -35,8 +35,8 @@ def _recall(queries: Vectors, of_queries: Identities, items: Vectors, of_items: 
     if not answered.any():
         return {f"recall@{k}": 0.0 for k in DEPTHS}
     blocks = _blocks(queries[answered], of_queries[answered])
-    found = joined(ranked(block @ items.T, own[:, None] == of_items) for block, own in blocks)
-    return {f"recall@{k}": recall_at_k(found, k) for k in DEPTHS}
+    found = of_whole((ranked(block @ items.T, own[:, None] == of_items) for block, own in blocks), DEPTHS)
+    return {f"recall@{k}": found[f"recall@{k}"] for k in DEPTHS}
 
 
 def _blocks(queries: Vectors, of_queries: Identities) -> Iterator[tuple[Vectors, Identities]]:

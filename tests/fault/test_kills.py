@@ -89,8 +89,8 @@ COMPACTED = "while a compaction writes parts without what was taken down"
 COMPACTING: dict[str, MakeTrap] = {
     "before the commit": driver_dies("PUT", r"/commits/samples/.*\.1\.json$"),
     "after the commit, before the parts are placed": driver_dies("PUT", r"/commits/clip/.*\.1\.json$", after=True),
-    "between two parts": driver_dies("PUT", r"/embeddings/clip/.*\.1\.parquet$", after=True),
     "while the old ones go": driver_dies("DELETE", r"/embeddings/clip/.*\.0\.parquet$", after=True),
+    "between two parts": driver_dies("PUT", r"/embeddings/clip/.*\.1\.parquet$", after=True),
 }
 INDEXING: dict[str, MakeTrap] = {
     "while an index is filled": driver_dies("PUT", r"/shard-\d+\.npz$", after=True),

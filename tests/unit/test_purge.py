@@ -50,10 +50,12 @@ def sought(root: Path) -> Sought:
 
 @pytest.fixture
 def output(tmp_path: Path) -> tuple[Store, Sought]:
-    """Two samples of one shard and one of another are removed; a run that died has left fragments of one."""
+    """Two samples of one shard and one of another are removed; a run that died has left fragments of one,
+    and one of them has been found to be a duplicate."""
     store = write_release(tmp_path)
     rows = pa.table({"row": [199], "key": [KEYS[0]], "captions": [[caption_of(*GONE[0], 0)]]})
     put_fragments(store, f"staging/{ENCODER}/{shard_id(0)}.{VERSION}x.ffffffffffff", rows, None)
+    store.put_atomic(f"duplicates/{ENCODER}/image/remove.txt", KEYS[0].encode())
     what = sought(tmp_path)
     remove(store, Asked(KEYS), "", "")
     return store, what
@@ -62,7 +64,7 @@ def output(tmp_path: Path) -> tuple[Store, Sought]:
 def test_nothing_is_left_in_any_file(output: tuple[Store, Sought]) -> None:
     store, what = output
     before = traces(store, what)
-    assert {path.split("/")[0] for path in before} == {"samples", "embeddings", "index", "staging"}
+    assert {path.split("/")[0] for path in before} == {"samples", "embeddings", "index", "staging", "duplicates"}
     assert sum(path.endswith(".faiss") for path in before) == 2
     assert purge(store, drop=True).releases == [f"{HOME}/v0001"]
     assert traces(store, what) == set() == set(store.names("staging")) == set(store.names(RETIRED))

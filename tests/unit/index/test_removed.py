@@ -10,11 +10,13 @@ import pytest
 
 from pipelines import search
 from pipelines.compact import compact_parts
-from pipelines.errors import ConfigError
+from pipelines.errors import ConfigError, InputError
 from pipelines.index.grow import update_index
 from pipelines.index.release import read_release
 from pipelines.index.removed import holds_removed
 from pipelines.ledger import read_commit, standing_commits
+from pipelines.like import examples
+from pipelines.queries import Query
 from pipelines.remove import Asked, remove
 from pipelines.search import Searcher
 from pipelines.storage import Store
@@ -48,6 +50,16 @@ def test_a_search_that_is_open_finds_it_no_more_soon(tmp_path: Path, monkeypatch
     assert searcher.search(query, 1)[0][0].key == key_of(0, 3)
     remove(store, ASKED, "", "")
     assert searcher.search(query, 1)[0][0].key != key_of(0, 3)
+
+
+@pytest.mark.parametrize("modality", ["image", "text"])
+def test_nothing_is_like_it(tmp_path: Path, modality: Any) -> None:
+    store, asked = write_release(tmp_path), Query(like=key_of(2, 1))
+    assert examples(Searcher(store), [asked], modality)[0] is not None
+    remove(store, ASKED, "", "")
+    for query in (asked, Query(like_id=3)):
+        with pytest.raises(InputError, match=r"no vector of the key|no id 3"):
+            examples(Searcher(store), [query], modality)
 
 
 def test_after_a_compaction_an_old_release_still_holds_it_and_does_not_show_it(tmp_path: Path) -> None:
