@@ -21,6 +21,7 @@ from jobs.fit import fit
 from jobs.index import index
 from jobs.releases import publish, releases, rollback
 from jobs.remove import remove
+from jobs.report import report
 from jobs.search import search
 from jobs.signals import Stopped, received, stoppable
 from jobs.similarity import similarity
@@ -41,7 +42,7 @@ app = typer.Typer(
 )
 VERBS = (
     *(plan, embed, index, releases, publish, rollback, search, remove),
-    *(evaluate, similarity, compare, classify, duplicates),
+    *(evaluate, similarity, compare, classify, duplicates, report),
     *(train, split, stats),
     *(fit, status, verify, collect, demo),
 )

@@ -158,12 +158,15 @@ def compacted(store: Store, drop: bool, dry_run: bool, told: dict[str, Any], say
     told["parts"] = [{"commit": each.commit.ref.path, "dropped": each.items} for each in done.holdings]
     told["releases"] = done.releases
     told["waiting"] = [f"{home.folder}/{home.current}" for home in done.waiting]
+    told["findings"] = done.findings
     told["leftovers"] = [leftover.path for leftover in done.leftovers]
     if dry_run:
         for holding in done.holdings:
             say(f"  would write {holding.told} again")
         for release in done.releases:
             say(f"  would delete {release}, which holds vectors of what was taken down")
+        for folder in done.findings:
+            say(f"  would delete {folder}/, which may tell of what was taken down")
         for release in told["waiting"]:
             say(f"  {release} holds some too, and goes when `vecmill index` has built another")
     verb = "would be" if dry_run else "are"

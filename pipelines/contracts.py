@@ -19,7 +19,7 @@ MODALITIES: tuple[Modality, ...] = ("image", "text", "multimodal")
 Format = Literal["tar", "parquet", "folder", "manifest"]
 
 SAMPLES_FAMILY = "samples"
-FINDINGS = ("evaluations", "duplicates", "similarity", "compare", "classifications", "maps", "pages")
+FINDINGS = ("evaluations", "duplicates", "similarity", "compare", "classifications", "map", "report")
 """Folders of an output with what was found out about its samples: made again at will, and full of keys and pictures."""
 
 

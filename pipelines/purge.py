@@ -46,6 +46,7 @@ class Purge:
     holdings: list[Holding]
     homes: list[Home]
     leftovers: list[Leftover]
+    findings: list[str]
     drop: bool
 
     @property
@@ -60,7 +61,7 @@ class Purge:
 
 def plan_purge(store: Store, drop: bool = False) -> Purge:
     """What `purge` would do. Changes nothing."""
-    return Purge(list(holdings(store)), list(_homes(store)), leftovers(store), drop)
+    return Purge(list(holdings(store)), list(_homes(store)), leftovers(store), _findings(store, waiting(store)), drop)
 
 
 def purge(store: Store, drop: bool = False, say: Say = lambda line: None) -> Purge:
@@ -72,13 +73,14 @@ def purge(store: Store, drop: bool = False, say: Say = lambda line: None) -> Pur
     with held(store, COLLECT, "remove", excludes=lambda other: True, say=say):
         left = leftovers(store)
         finish(store)
-        asked = [id for id, compacted in requests(store).items() if not compacted]
+        asked = waiting(store)
         written = compact_parts(store, lambda holding: say(f"wrote {holding.told} again"))
-        done = Purge(written, list(_homes(store)), left, drop)
+        done = Purge(written, list(_homes(store)), left, _findings(store, asked), drop)
         for home in done.homes:
             _drop(store, home, drop, say)
-        if asked:
-            _drop_findings(store, say)
+        for folder in done.findings:
+            say(f"deleting {folder}/, which may tell of what was taken down")
+            store.delete_folder(folder)
         clear(store)
         note_compacted(store, asked)
     return done
@@ -122,8 +124,11 @@ def _drop(store: Store, home: Home, drop: bool, say: Say) -> None:
         delete_release(store, home.folder, version)
 
 
-def _drop_findings(store: Store, say: Say) -> None:
-    """They name and show samples, and nothing tells which."""
-    for folder in filter(store.names, FINDINGS):
-        say(f"deleting {folder}/, which may tell of what was taken down")
-        store.delete_folder(folder)
+def _findings(store: Store, asked: list[str]) -> list[str]:
+    """They name and show samples, and nothing tells which: all go, where something is asked for."""
+    return [folder for folder in FINDINGS if asked and store.names(folder)]
+
+
+def waiting(store: Store) -> list[str]:
+    """Requests that no compaction has met yet."""
+    return [id for id, compacted in requests(store).items() if not compacted]

@@ -147,7 +147,7 @@ def _card(rival: Contender, items: StoredItems, wanted: Wanted) -> dict[str, Any
         "images": items.parts.rows,
         "dim": items.dim,
         "bytes_per_vector": numbers * items.dim,
-        "index_bytes_per_vector": release.bytes_per_vector if release else None,
+        "index_bytes_per_vector": sum(release.bytes_per_vector.values()) if release else None,
         "index_query_ms": release.query_ms if release else None,
         "quality": _quality(rival, wanted),
     }

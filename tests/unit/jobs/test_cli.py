@@ -114,6 +114,7 @@ def test_help_lists_every_verb(vecmill: Vecmill) -> None:
         "publish",
         "releases",
         "remove",
+        "report",
         "rollback",
         "search",
         "similarity",

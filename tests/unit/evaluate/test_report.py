@@ -1,0 +1,197 @@
+"""Pages of an output with pictures, some of which are gone, looked at in a real browser."""
+
+from __future__ import annotations
+
+import io
+import json
+from hashlib import sha256
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from PIL import Image
+
+from pipelines.contracts import REJECTS_PART
+from pipelines.evaluate.compare import Wanted, compare, contenders
+from pipelines.evaluate.report import report
+from pipelines.evaluate.retrieval import Asked, evaluate
+from pipelines.evaluate.statistics import statistics
+from pipelines.index.release import CurvePoint, Recall, read_release
+from pipelines.record import read_record
+from pipelines.storage import Store
+from tests.indexed import ENCODER, captions_of, write_output
+from tests.unit.evaluate.browser import CHROMIUM, NO_BROWSER, look_at
+from tests.unit.evaluate.outputs import describe
+from tests.unit.test_search import write_release
+
+PARTS, ROWS = 2, 200
+NASTY = "<script>alert(1)</script> ' &"
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """An output that has all that a report tells of."""
+    root = tmp_path_factory.mktemp("reported")
+    store = write_release(root / "out", parts=PARTS)
+    write_output(root / "out", parts=PARTS, dim=8, seed=1, encoder="other-11111111")
+    describe(root / "out")
+    give_pictures(root)
+    write_rejects(root / "out")
+    write_run_report(root / "out")
+    write_curve(store)
+    write_training(root)
+    evaluate(store, ENCODER, Asked(sample=40))
+    return root
+
+
+def give_pictures(root: Path) -> None:
+    """Every tenth is gone, and every caption tries to be markup."""
+    for path in sorted((root / "out" / "samples").glob("*.parquet")):
+        table = pq.read_table(path)
+        uris, digests = [], []
+        for row in table["row"].to_pylist():
+            file = io.BytesIO()
+            Image.new("RGB", (100, 60), (row, 255 - row, 40)).save(file, "PNG")
+            picture = root / f"{path.stem}-{row}.png"
+            if row % 10:
+                picture.write_bytes(file.getvalue())
+            uris.append(str(picture))
+            digests.append(sha256(file.getvalue()).hexdigest())
+        columns: dict[str, Any] = {
+            "uri": pa.array(uris),
+            "sha256": pa.array(digests),
+            "offset": pa.nulls(len(uris), pa.int64()),
+            "width": pa.array([100] * len(uris), pa.int32()),
+            "height": pa.array([60] * len(uris), pa.int32()),
+            "captions": pa.array([[NASTY] * captions_of(row) for row in table["row"].to_pylist()]),
+        }
+        for name, column in columns.items():
+            table = table.set_column(table.schema.get_field_index(name), table.schema.field(name), column)
+        pq.write_table(table, path)
+
+
+def write_rejects(out: Path) -> None:
+    """What the commits of tests.indexed count as rejected, named."""
+    for path in (out / "commits" / ENCODER).glob("*.json"):
+        commit = json.loads(path.read_text())
+        commit["reasons"] = {"truncated_image": 3, "not_utf8": 1}
+        path.write_text(json.dumps(commit))
+    rows = [
+        {
+            "shard": "s",
+            "row": at,
+            "key": f"bad {at}",
+            "modality": "image",
+            "stage": "decode",
+            "reason": reason,
+            "detail": "<b>why</b>",
+        }
+        for at, reason in enumerate(["truncated_image"] * 3 + ["not_utf8"])
+    ]
+    target = out / "rejects" / ENCODER / "part-a.parquet"
+    target.parent.mkdir(parents=True)
+    pq.write_table(pa.Table.from_pylist(rows, schema=REJECTS_PART), target)
+
+
+def write_run_report(out: Path) -> None:
+    stages = {
+        name: {"rows": 400.0, "seconds": 2.0, "rows_per_second": rate, "peak_mib": 100.0}
+        for name, rate in (("read", 900.0), ("decode", 200.0), ("encode", 300.0), ("write", 500.0))
+    }
+    for run in ("20260101T000000Z-00000000", "20260102T000000Z-00000000"):
+        told = {"run": run, "seconds": 9.0, "shards": {"done_now": 2}, "stages": stages, "bottleneck": "decode"}
+        (out / "reports").mkdir(exist_ok=True)
+        (out / "reports" / f"{run}.json").write_text(json.dumps(told))
+
+
+def write_curve(store: Store) -> None:
+    release = read_release(store, ENCODER, "image")
+    figures = {f"recall@{k}": 0.9 for k in (1, 10, 100)}
+    curve = tuple(
+        CurvePoint(search_params=f"nprobe={n}", query_ms=0.1 * n, recall={"image": 0.5 + 0.1 * n}) for n in (1, 2, 4)
+    )
+    told = release.model_copy(
+        update={"recall": Recall(queries={"image": 10}, figures={"image": figures}), "curve": curve}
+    )
+    store.put_atomic(f"{release.folder}/manifest.json", told.model_dump_json().encode())
+
+
+def write_training(root: Path) -> None:
+    """What a training job leaves beside its model, for one encoder."""
+    made = root / "trained"
+    made.mkdir()
+    Image.new("RGB", (400, 200), "white").save(made / "curves.png")
+    (made / "metrics.json").write_text(json.dumps({"best": {"recall@1": 0.4321}, "epochs": [1, 2], "ok": True}))
+    run = root / "out" / "run.json"
+    record = json.loads(run.read_text())
+    record["encoders"][ENCODER]["spec"]["reference"] = f"local-dir:{made / 'model'}"
+    run.write_text(json.dumps(record))
+
+
+@pytest.fixture(scope="module")
+def pages(root: Path) -> dict[str, Path]:
+    store = Store(str(root / "out"))
+    compared = compare(contenders([store]), Wanted(k=4, agreed=20, shown=2))
+    return {"report": Path(report(store)["page"]), "compare": Path(compared["page"])}
+
+
+def test_the_report_tells_what_the_output_has(root: Path, pages: dict[str, Path]) -> None:
+    html = pages["report"].read_text()
+    for told in (
+        "truncated_image",
+        "bad 0",
+        "not_utf8",
+        "bottleneck: decode",
+        "label 3",
+        "0.4321",
+        "recall@10",
+        "captions: text → image",
+        "Sample searches: text → image",
+    ):
+        assert told in html, told
+    document = json.loads(pages["report"].with_name("report.json").read_text())
+    assert document["samples"] == document["images"] == PARTS * ROWS
+    assert document["rejects"][ENCODER] == {"truncated_image": 3 * PARTS, "not_utf8": PARTS}
+    assert document["evaluations"][ENCODER]["results"] and document["indexes"][f"{ENCODER}/image"]["release"] == "v0001"
+    assert [run["run"] for run in document["runs"]] == ["20260102T000000Z-00000000", "20260101T000000Z-00000000"]
+
+
+def test_what_samples_say_is_never_markup(pages: dict[str, Path]) -> None:
+    for page in pages.values():
+        html = page.read_text()
+        assert "alert(1)" in html and "<script" not in html and "<b>why" not in html
+
+
+@pytest.mark.skipif(not CHROMIUM, reason=NO_BROWSER)
+@pytest.mark.parametrize("name", ["report", "compare"])
+def test_a_browser_has_no_complaint_and_misses_no_image(name: str, pages: dict[str, Path], tmp_path: Path) -> None:
+    seen = look_at(pages[name], tmp_path)
+    assert seen.images > 9 and seen.missing == 0
+    assert seen.console == [] and seen.requests == []
+
+
+@pytest.mark.skipif(not CHROMIUM, reason=NO_BROWSER)
+def test_the_browser_would_tell(tmp_path: Path) -> None:
+    page = tmp_path / "page.html"
+    page.write_text(
+        "<body><img src='gone.png'><img src='data:image/png;base64,AAAA'><script>console.error('x')</script></body>"
+    )
+    seen = look_at(page, tmp_path)
+    assert (seen.images, seen.missing, seen.requests) == (2, 2, ["gone.png"])
+    assert any("x" in line for line in seen.console)
+
+
+def test_statistics_are_counted_part_by_part(root: Path) -> None:
+    told = statistics(Store(str(root / "out")))
+    captions = [captions_of(row) for row in range(ROWS)] * PARTS
+    assert told.captions.tolist()[:4] == [captions.count(count) for count in range(4)]
+    assert told.words.sum() == sum(captions) and told.sides.sum() == PARTS * ROWS
+    assert sum(told.labels.values()) == sum(row % 10 != 9 for row in range(ROWS)) * PARTS
+
+
+def test_an_output_with_next_to_nothing_has_a_report_too(tmp_path: Path) -> None:
+    store = write_output(tmp_path, parts=1, rows=3)
+    html = Path(report(store)["page"]).read_text()
+    assert "No run has reported" in html and "exactly" in html and read_record(store).encoders
