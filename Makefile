@@ -28,6 +28,7 @@ types: $(READY)
 
 bench: $(READY)
 	$(BIN)/python -m tests.bench.embed
+	$(BIN)/python -m tests.bench.index
 
 setup: $(READY)
 

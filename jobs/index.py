@@ -37,6 +37,9 @@ Memory = Annotated[
     typer.Option("--shard-memory", help="In place of --shards: as many as keep each within so much memory, as in 4G."),
 ]
 Latency = Annotated[float | None, typer.Option("--max-query-ms", help="Latency target of one query.")]
+Target = Annotated[
+    float | None, typer.Option("--target-recall", help="recall@10, re-ranked, in place of a latency target.")
+]
 Rerank = Annotated[
     str | None,
     typer.Option(
@@ -69,6 +72,7 @@ def index(
     shards: Shards = None,
     shard_memory: Memory = None,
     max_query_ms: Latency = None,
+    target_recall: Target = None,
     rerank: Rerank = None,
     floor: Floor = None,
     seed: Seed = None,
@@ -105,6 +109,7 @@ def index(
         "shards": "auto" if shard_memory else shards,
         "shard_memory": shard_memory,
         "max_query_ms": max_query_ms,
+        "target_recall": target_recall,
         "rerank": rerank,
         "floor": floor,
         "seed": seed,
@@ -159,7 +164,7 @@ def print_release(store: Store, release: Release) -> None:
     out.print(f"  key     {release.index_key}  {release.search_params}  ({release.metric})", markup=False)
     for kind, count in release.recall.queries.items():
         for how, figures, ms, each in rows_of(release, kind):
-            shown = "  ".join(f"{name} {value:.3f}" for name, value in figures.items())
+            shown = "  ".join(f"{name} {value:.3f}" for name, value in figures.items() if name.startswith("recall"))
             out.print(
                 f"  recall  {kind} queries ({count:,}), {how}: {shown}  {ms:.2f} ms  {each:,.0f} bytes a vector",
                 markup=False,

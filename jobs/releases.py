@@ -37,7 +37,8 @@ def releases(
     for fact in facts:
         figures = ""
         if fact["state"] != "unfinished":
-            figures = f"{fact['vectors']:>13,} vectors {size(fact['bytes']):>11}  recall@10 {fact['recall@10']:.3f}"
+            recall = "unknown" if fact["recall@10"] is None else f"{fact['recall@10']:.3f}"
+            figures = f"{fact['vectors']:>13,} vectors {size(fact['bytes']):>11}  recall@10 {recall}"
         out.print(f"  {fact['version']:<7}{fact['state']:<11}{figures}  {fact['index_key']}", markup=False)
     if not facts:
         out.print("There is no release. `vecmill index` builds one.")

@@ -24,6 +24,7 @@ from pydantic import (
     ValidationError,
     ValidationInfo,
     field_validator,
+    model_validator,
 )
 from yaml.parser import ParserError
 from yaml.scanner import ScannerError
@@ -162,7 +163,13 @@ class IndexConfig(Section):
         description="index shards; auto: as many as index.shard_memory asks for, one per 10 million vectors at least",
     )
     train_vectors: PositiveInt | Auto = Field("auto", description="vectors sampled for training; auto: 100 per cluster")
-    recall_queries: int = Field(1_000, ge=1, description="queries that recall is measured with")
+    target_recall: float | None = Field(
+        None, gt=0, le=1, description="recall@10, re-ranked, to look just far enough for, in place of max_query_ms"
+    )
+    search_params: str | None = Field(
+        None, description="pinned, as in nprobe=16: nothing is tuned by the clock, and the same build gives the same"
+    )
+    recall_queries: int = Field(1_000, ge=0, description="queries that recall is measured with; 0: it is not measured")
     rerank: Literal["auto", "float16", "int8", "none"] = Field(
         "auto", description="stored vectors that search re-scores with; auto: float16 where the index holds codes alone"
     )
@@ -175,6 +182,18 @@ class IndexConfig(Section):
     )
     keep: int = Field(3, ge=1, description="releases older than the current one that publishing leaves")
     seed: int = Field(0, ge=0)
+
+    @model_validator(mode="after")
+    def _settings_that_agree(self) -> IndexConfig:
+        if self.floor and not self.recall_queries:
+            raise ValueError(
+                "recall_queries is 0, so that no recall is known to be above the floor: set floor to 0 too"
+            )
+        if self.target_recall and not self.recall_queries:
+            raise ValueError("target_recall needs queries to measure recall with: raise recall_queries")
+        if self.target_recall and self.search_params:
+            raise ValueError("search_params are pinned, so that there is nothing to tune: leave target_recall out")
+        return self
 
 
 class ClusterConfig(Section):

@@ -11,7 +11,7 @@ import ray
 
 from pipelines.index.attempt import Filled, keep_filled
 from pipelines.index.measure import answer, score
-from pipelines.index.parts import Parts, Vectors, batches
+from pipelines.index.parts import Parts, Vectors, batches, part_of, require_finite
 from pipelines.index.recall import empty_top, exact_in_batch, merge
 from pipelines.index.release import Coding, IndexShard, SideFile, load_index, sha256_of
 from pipelines.index.rerank import SideWriter
@@ -34,9 +34,10 @@ def fill(
 ) -> Filled:
     """One index shard from a run of parts, put at `target`; memory for it and one batch.
 
-    trained: path of the empty trained index. queries: float32 [q, dim], compared with every vector
-    that goes by. coding: the vectors go, as it says, into a side file beside the target. scratch_bytes: of local
-    disk, without which it does not begin. Putting the same shard twice does no harm, so Ray may retry.
+    trained: path of the empty trained index. queries: float32 [q, dim], compared with every vector that goes by, for
+    the k nearest of each; k is 0 where recall is not measured. coding: the vectors go, as it says, into a side file
+    beside the target. scratch_bytes: of local disk, without which it does not begin. Putting the same shard twice
+    does no harm, so Ray may retry.
     """
     index, _ = load_index(store, trained)
     truth = empty_top(len(queries))
@@ -44,8 +45,10 @@ def fill(
         require_free_disk(Path(scratch), scratch_bytes)
         side = SideWriter(Path(scratch) / "side.npy", coding, parts.rows, parts.dim) if coding else None
         for first, batch in batches(store, parts):
+            require_finite(store, parts.path(part_of(parts, first)), batch)
             index.add_with_ids(batch, np.arange(first, first + len(batch)))
-            truth = merge([truth, exact_in_batch(queries, first, batch, k, metric)], k, metric)
+            if k:
+                truth = merge([truth, exact_in_batch(queries, first, batch, k, metric)], k, metric)
             if side:
                 side.add(batch)
         written = side.put(store, f"{target.removesuffix('.faiss')}.npy") if side else None

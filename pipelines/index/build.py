@@ -25,14 +25,27 @@ from pipelines.errors import ConfigError, IndexBuildError, VecmillError
 from pipelines.index.add import answer_task, fill_task, read_task, score_task
 from pipelines.index.asked import Asked, keep_asked
 from pipelines.index.attempt import Attempt, Filled, Learnt, attempted
+from pipelines.index.chart import svg
 from pipelines.index.choose import holds_codes
-from pipelines.index.measure import CURVE_K, Answers, Ask, Found, draw_samples, merged, require_whole, rerank_ms
+from pipelines.index.measure import (
+    CURVE_K,
+    TIMED_QUERIES,
+    Answers,
+    Ask,
+    Found,
+    Samples,
+    draw_samples,
+    merged,
+    require_whole,
+    rerank_ms,
+)
 from pipelines.index.parts import BATCH_BYTES, Parts, Vectors, embeddings_folder, list_parts
 from pipelines.index.plan import Plan, make_plan
 from pipelines.index.publish import make_current, require_publishable
 from pipelines.index.queries import Queries, caption_queries, split_sample
 from pipelines.index.recall import DEPTHS, Top, empty_top, merge, without
 from pipelines.index.release import (
+    CHART,
     REPORT,
     TRAINED,
     Coding,
@@ -57,7 +70,7 @@ from pipelines.index.rerank import StoredVectors, learn_coding
 from pipelines.index.room import require_room
 from pipelines.index.selection import standing
 from pipelines.index.train import train
-from pipelines.index.tune import apply, around, batch_query_ms, query_ms, tune
+from pipelines.index.tune import apply, around, batch_query_ms, least, query_ms, tune
 from pipelines.lease import held
 from pipelines.observe import Clock, peak_memory_mib
 from pipelines.record import read_record
@@ -68,6 +81,7 @@ Progress = Callable[[str], None]
 K = max(DEPTHS)
 CURVE_S = 0.3
 """Seconds that each of a curve's latencies is measured for."""
+NOT_MEASURED = {"recall": Recall(queries={}, figures={})}
 
 
 def build_index(
@@ -244,9 +258,9 @@ class Build:
         with self.stage("add"):
             shards, asked = self.add(learnt, queries, progress)
         with self.stage("tune"):
-            tuned = self.tune(shards, queries)
+            tuned = self.tune(shards, queries, self.decided(shards, asked, coding, progress))
         with self.stage("recall"):
-            measured = self.measure(shards, tuned, queries, asked.truth, coding)
+            measured = self.measure(shards, tuned, asked, coding)
         release = Release(
             version=self.version,
             id_space=id_space,
@@ -273,6 +287,8 @@ class Build:
             **measured,
         )
         self.store.put_atomic(f"{self.folder}/{REPORT}", markdown(release).encode())
+        if release.curve:
+            self.store.put_atomic(f"{self.folder}/{CHART}", svg(release))
         return release
 
     def learnt(self, progress: Progress) -> tuple[Learnt, Queries]:
@@ -337,7 +353,8 @@ class Build:
         """An index shard of each run of parts, in a task each. runs: by the file's name."""
         task: Any = fill_task.options(memory=self.plan.task_bytes)
         asked, trained = ray.put(queries.vectors), f"{self.folder}/{learnt.trained.file}"
-        rest = (asked, K + 1, self.settings.metric, learnt.coding, self.plan.scratch_bytes)
+        depth = K + 1 if self.settings.recall_queries else 0
+        rest = (asked, depth, self.settings.metric, learnt.coding, self.plan.scratch_bytes)
         refs = [
             task.remote(self.store, self.attempt.note_of(name), parts, trained, f"{self.folder}/{name}", *rest)
             for name, parts in runs.items()
@@ -352,8 +369,40 @@ class Build:
         """The fields of the release that tell what it grew from."""
         return {}
 
-    def tune(self, shards: list[IndexShard], queries: Queries) -> Tuned:
-        """Parameters for all index shards, tuned on the first, and milliseconds a query of all takes.
+    def decided(self, shards: list[IndexShard], asked: Asked, coding: Coding | None, progress: Progress) -> str | None:
+        """Search parameters that no clock has a say in; None where it has."""
+        if self.settings.target_recall:
+            return self.reaching(self.settings.target_recall, shards, asked, coding, progress)
+        return self.settings.search_params
+
+    def reaching(
+        self, target: float, shards: list[IndexShard], asked: Asked, coding: Coding | None, progress: Progress
+    ) -> str:
+        """The least parameters with which all index shards reach a recall@10, as search has it, of every kind of query.
+
+        The furthest there are, and a word of it, where none does.
+        """
+        queries, recalls = asked.queries, dict[str, float]()
+        truth = without(asked.truth, queries.own)
+
+        def enough(several: list[str]) -> list[bool]:
+            asks = [Ask(params, CURVE_K * self.factor(coding) + 1) for params in several]
+            tops = self.ask(shards, asks, queries, Samples.none(self.plan.parts.dim), coding)
+            for params, found in zip(several, self.found(shards, queries, tops, coding), strict=True):
+                figures = found.reranked(truth, queries, [CURVE_K]) or found.figures(truth, queries, [CURVE_K])
+                recalls[params] = min(each[f"recall@{CURVE_K}"] for each in figures.values())
+            return [recalls[params] >= target for params in several]
+
+        chosen = least(self.plan.key, enough)
+        if recalls.get(chosen, 1.0) < target:
+            progress(
+                f"recall@10 is {recalls[chosen]:.3f} as far as a search can look ({chosen}): the target of {target:g} "
+                "takes a larger index.index_key or index.rerank_factor"
+            )
+        return chosen
+
+    def tune(self, shards: list[IndexShard], queries: Queries, decided: str | None) -> Tuned:
+        """Parameters for all index shards, tuned on the first where none are decided, and milliseconds a query takes.
 
         A search goes through the index shards one after the other, so that each has its rows' share
         of the target.
@@ -361,48 +410,67 @@ class Build:
         shard = shards[0]
         share = shard.rows / self.plan.parts.rows
         index = open_shard(self.store, self.folder, shard)
-        params = self.params(index, share)
+        params = tune(index, self.plan.key, self.settings.max_query_ms * share) if decided is None else decided
+        others = around(self.plan.key, params) if self.settings.recall_queries else []
         times = {}
-        for each in [*around(self.plan.key, params), params]:
+        for each in [*others, params]:
             apply(index, each)
             times[each] = round(query_ms(index, queries.vectors, 1.0 if each == params else CURVE_S) / share, 3)
         # The parameters chosen were set last.
         return Tuned(params, times, round(batch_query_ms(index, queries.vectors, CURVE_S) / share, 3))
 
-    def params(self, index: Any, share: float) -> str:
-        return tune(index, self.plan.key, self.settings.max_query_ms * share)
-
-    def measure(
-        self, shards: list[IndexShard], tuned: Tuned, queries: Queries, truth: Top, coding: Coding | None
-    ) -> dict[str, Any]:
-        """The fields of the release that tell what it finds."""
-        factor, metric = (self.settings.rerank_factor if coding else 1), self.settings.metric
-        asks = [Ask(tuned.params, K * factor + 1), *(Ask(params, CURVE_K * factor + 1) for params in tuned.times)]
+    def measure(self, shards: list[IndexShard], tuned: Tuned, asked: Asked, coding: Coding | None) -> dict[str, Any]:
+        """The fields of the release that tell what it finds, and that its ids lead back."""
+        measured = bool(self.settings.recall_queries)
+        queries = asked.queries if measured else asked.queries.first(TIMED_QUERIES)
+        factor = self.factor(coding)
+        curve = [Ask(params, CURVE_K * factor + 1) for params in tuned.times] if measured else []
         samples = draw_samples(self.store, self.plan.parts, self.settings.seed)
-        task: Any = answer_task.options(memory=self.plan.task_bytes)
-        asked = ray.put(queries.vectors)
-        among = standing(self.plan.parts)
-        refs = [task.remote(self.store, self.folder, shard, asks, asked, samples, coding, among) for shard in shards]
-        answers = (self.heard(shard, queries, get(ref)) for shard, ref in zip(shards, refs, strict=True))
-        tops = merged(answers, asks, metric, queries.own)
-        truth = without(truth, queries.own)
-        scores = self.scores(shards, asked, tops, coding) if coding else [None] * len(tops)
-        exact = all(shard.side and shard.side.exact for shard in shards) if coding else not holds_codes(self.plan.key)
-        found = [Found(top, score, metric, factor, exact) for top, score in zip(tops, scores, strict=True)]
+        tops = self.ask(shards, [Ask(tuned.params, K * factor + 1), *curve], queries, samples, coding)
+        return {
+            "rerank": self.rerank(shards, queries, tops[0], coding) if coding else None,
+            "round_trips": len(samples.ids),
+            **(self.figures(shards, tuned, asked, tops, coding) if measured else NOT_MEASURED),
+        }
+
+    def figures(
+        self, shards: list[IndexShard], tuned: Tuned, asked: Asked, tops: list[Top], coding: Coding | None
+    ) -> dict[str, Any]:
+        """Recall and its curve, of what all index shards found: `tops` of the tuned parameters, then of the curve's."""
+        queries = asked.queries
+        truth, found = without(asked.truth, queries.own), self.found(shards, queries, tops, coding)
         return {
             "recall": Recall(
                 queries={kind: len(vectors) for kind, vectors in queries.kinds.items()},
                 figures=found[0].figures(truth, queries),
                 reranked=found[0].reranked(truth, queries),
             ),
-            "rerank": self.rerank(shards, queries, tops[0], coding) if coding else None,
             "curve": tuple(map(partial(curve_point, truth, queries), tuned.times.items(), found[1:])),
-            "round_trips": len(samples.ids),
         }
+
+    def factor(self, coding: Coding | None) -> int:
+        return self.settings.rerank_factor if coding else 1
+
+    def ask(
+        self, shards: list[IndexShard], asks: list[Ask], queries: Queries, samples: Samples, coding: Coding | None
+    ) -> list[Top]:
+        """What all index shards together find, one an Ask, once each is known to hold the samples."""
+        task: Any = answer_task.options(memory=self.plan.task_bytes)
+        rest = (asks, ray.put(queries.vectors), samples, coding, standing(self.plan.parts))
+        refs = [task.remote(self.store, self.folder, shard, *rest) for shard in shards]
+        answers = (self.heard(shard, queries, get(ref)) for shard, ref in zip(shards, refs, strict=True))
+        return merged(answers, asks, self.settings.metric, queries.own)
 
     def heard(self, shard: IndexShard, queries: Queries, answers: Answers) -> Answers:
         """Raises: IndexBuildError where the index shard does not hold what its parts do."""
         return require_whole(self.store, self.folder, shard, answers)
+
+    def found(self, shards: list[IndexShard], queries: Queries, tops: list[Top], coding: Coding | None) -> list[Found]:
+        """The same with the scores of the stored vectors."""
+        scores = self.scores(shards, ray.put(queries.vectors), tops, coding) if coding else [None] * len(tops)
+        exact = all(shard.side and shard.side.exact for shard in shards) if coding else not holds_codes(self.plan.key)
+        metric, factor = self.settings.metric, self.factor(coding)
+        return [Found(top, score, metric, factor, exact) for top, score in zip(tops, scores, strict=True)]
 
     def scores(self, shards: list[IndexShard], asked: Any, tops: list[Top], coding: Coding) -> list[Vectors]:
         """Of each top's candidates by their stored vectors, NaN for none."""

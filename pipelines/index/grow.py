@@ -37,7 +37,7 @@ from pipelines.index.release import IndexShard, Release, load_index, newest_or_n
 from pipelines.index.removed import holds_removed
 from pipelines.index.rerank import rerank_dtype
 from pipelines.index.room import require_room
-from pipelines.index.train import Draw
+from pipelines.index.train import HELD_OUT, Draw
 from pipelines.storage import Store
 
 COPIES = 8
@@ -83,11 +83,17 @@ def settings_of(base: Release, given: Mapping[str, Any]) -> IndexConfig:
 def require_same(base: Release, settings: IndexConfig, fingerprint: str) -> None:
     """Raises: ConfigError for what an index cannot change while it grows."""
     has = base.rerank.coding.dtype if base.rerank else "none"
+    queries = base.settings["recall_queries"], settings.recall_queries
+    pinned = base.search_params if settings.search_params is None else settings.search_params
     wanted = {
         "fingerprint": (base.fingerprint, fingerprint),
         "metric": (base.metric, settings.metric),
         "index_key": (base.index_key, settings.index_key or base.index_key),
         "rerank": (has, rerank_dtype(base.index_key, settings)),
+        "search_params": (base.search_params, pinned),
+        "target_recall": (base.settings.get("target_recall"), settings.target_recall),
+        # Of queries that the base was not asked, the nearest in it are not known.
+        **({} if all(queries) else {"recall_queries": queries}),
     }
     if differing := [f"{name} {old} → {new}" for name, (old, new) in wanted.items() if old != new]:
         raise ConfigError(
@@ -125,7 +131,7 @@ def plan_update(base: Release, parts: Parts, settings: IndexConfig) -> Plan:
     new = parts.run(known, len(parts.ranges))
     counted = settings.model_copy(update={"index_key": base.index_key})
     runs = [range(run.start + known, run.stop + known) for run in cut(new, shard_count(new, counted))]
-    positions = [np.empty(0, np.int64)] * known + pick(new, settings.recall_queries, settings.seed)
+    positions = [np.empty(0, np.int64)] * known + pick(new, settings.recall_queries or HELD_OUT, settings.seed)
     queries = np.arange(sum(map(len, positions)))
     drawn = Draw(tuple(positions), train=queries[:0], queries=queries)
     largest = max(shard.bytes for shard in base.shards)
@@ -186,7 +192,7 @@ class Update(Build):
         shards, newer = self.filled(names, learnt, queries, progress)
         return [*self.base.shards, *shards], self.asked.leading(queries).with_newer(newer, K + 1)
 
-    def params(self, index: Any, share: float) -> str:
+    def decided(self, *_: Any) -> str:
         return self.base.search_params
 
     def heard(self, shard: IndexShard, queries: Queries, answers: Answers) -> Answers:

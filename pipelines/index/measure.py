@@ -53,6 +53,10 @@ class Samples:
     ids: Ids
     vectors: Vectors
 
+    @staticmethod
+    def none(dim: int) -> Samples:
+        return Samples(np.empty(0, np.int64), np.empty((0, dim), np.float32))
+
     def of(self, shard: IndexShard) -> Samples:
         mine = (self.ids >= shard.first_id) & (self.ids < shard.first_id + shard.rows)
         return Samples(self.ids[mine], self.vectors[mine])
@@ -191,22 +195,23 @@ class Found:
     exact: bool
 
     def figures(self, truth: Top, queries: Queries, depths: Sequence[int] = DEPTHS) -> dict[str, dict[str, float]]:
-        """{kind of query: {"recall@k": …}} as the index alone finds."""
+        """{kind of query: {"recall@k": …, "1-recall@k": …}} as the index alone finds."""
         best = self.top if self.scores is None else Top(self.top.ids, self.scores)
-        return {
-            kind: {f"recall@{k}": recall_at(k, best.of(rows), truth.of(rows), self.metric, self.exact) for k in depths}
-            for kind, rows in queries.slices().items()
-        }
+        return self._recalls(dict.fromkeys(depths, best), truth, queries)
 
     def reranked(self, truth: Top, queries: Queries, depths: Sequence[int] = DEPTHS) -> dict[str, dict[str, float]]:
         """The same of the k best of k × factor candidates; empty without stored vectors."""
-        if self.scores is None:
-            return {}
-        tops = {k: self._best(k) for k in depths}
+        return {} if self.scores is None else self._recalls({k: self._best(k) for k in depths}, truth, queries)
+
+    def _recalls(self, tops: dict[int, Top], truth: Top, queries: Queries) -> dict[str, dict[str, float]]:
+        def at(k: int, rows: slice, nearest: int) -> float:
+            wanted = Top(truth.ids[rows, :nearest], truth.scores[rows, :nearest])
+            return recall_at(k, tops[k].of(rows), wanted, self.metric, self.exact)
+
         return {
             kind: {
-                f"recall@{k}": recall_at(k, top.of(rows), truth.of(rows), self.metric, self.exact)
-                for k, top in tops.items()
+                **{f"recall@{k}": at(k, rows, k) for k in tops},
+                **{f"1-recall@{k}": at(k, rows, 1) for k in tops if k > 1},
             }
             for kind, rows in queries.slices().items()
         }

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from bisect import bisect_right
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -234,6 +235,19 @@ def vectors(column: pa.ChunkedArray | pa.Array, dim: int) -> Vectors:
     flat = [chunk.flatten(recursive=True).to_numpy(zero_copy_only=False).reshape(-1, dim) for chunk in chunks]
     found: Vectors = np.concatenate([np.empty((0, dim), np.float32), *flat]).astype(np.float32, copy=False)
     return found
+
+
+def part_of(parts: Parts, id: int) -> PartRange:
+    return parts.ranges[bisect_right(parts.ranges, id, key=lambda part: part.offset) - 1]
+
+
+def require_finite(store: Store, path: str, found: Vectors) -> None:
+    """Raises: IndexBuildError for NaN and infinity, which `embed` rejects and an index would never find again."""
+    if not np.isfinite(found).all():
+        raise IndexBuildError(
+            f"{store.uri(path)} holds vectors that are not finite, which vecmill never writes",
+            "Move it and its commit away, run the same `vecmill embed` again, then index.",
+        )
 
 
 def batches(store: Store, parts: Parts) -> Iterator[tuple[int, Vectors]]:

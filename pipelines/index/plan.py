@@ -5,10 +5,11 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from pipelines.config import IndexConfig
-from pipelines.index.choose import choose_key, cut, shard_bytes, shard_count
+from pipelines.index.choose import choose_key, cut, empty_index, shard_bytes, shard_count
 from pipelines.index.parts import BATCH_BYTES, Ids, Parts
 from pipelines.index.rerank import rerank_dtype, side_bytes
 from pipelines.index.train import Draw, draw
+from pipelines.index.tune import require_params
 
 
 @dataclass(frozen=True)
@@ -63,4 +64,5 @@ def make_plan(parts: Parts, settings: IndexConfig) -> Plan:
     """Raises: ConfigError for a key or size that cannot be, IndexBuildError for what does not fit."""
     shards = shard_count(parts, settings)
     key = choose_key(parts.rows, parts.dim, shards, settings)
+    require_params(empty_index(key, parts.dim, settings.metric), key, settings.search_params or "")
     return Plan(parts, key, tuple(cut(parts, shards)), draw(parts, key, settings), rerank_dtype(key, settings))

@@ -128,7 +128,13 @@ def obstacles(store: Store, release: Release, floor: float) -> Iterator[Obstacle
 
 def _of_recall(release: Release, floor: float) -> Iterator[Obstacle]:
     lowest = release.recall.lowest_at_10
-    if lowest < floor:
+    if lowest is None and floor:
+        yield Obstacle(
+            f"its recall was not measured (index.recall_queries 0), and the floor is {floor:g}",
+            f"Index again with index.recall_queries above 0, or accept it: "
+            f"`vecmill publish … --release {release.version} --floor 0`.",
+        )
+    elif lowest is not None and lowest < floor:
         figures = release.recall.reranked or release.recall.figures
         kind = min(figures, key=lambda kind: figures[kind]["recall@10"])
         how = " after re-ranking" if release.recall.reranked else ""

@@ -31,6 +31,11 @@ class Queries:
         """int64 [queries]: each query's id in the index, -1 for a caption asked of an image index."""
         return np.concatenate([self.ids, np.full(len(self.vectors) - len(self.ids), -1)])
 
+    def first(self, count: int) -> Queries:
+        """So many of the index's own."""
+        kind = next(iter(self.kinds))
+        return Queries({kind: self.kinds[kind][:count]}, self.ids[:count])
+
     def where(self, kept: NDArray[np.bool_]) -> Queries:
         """Those of the flags, one a query; kinds of which none is left are left out."""
         kinds = {kind: self.kinds[kind][kept[rows]] for kind, rows in self.slices().items()}

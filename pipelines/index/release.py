@@ -19,6 +19,7 @@ from pipelines.storage import Store, is_whole_json
 
 FORMAT = 1
 MANIFEST, CLAIM, POINTER, REPORT = "manifest.json", "build.json", "CURRENT", "report.md"
+CHART = "curve.svg"
 PUBLISHED = "published"
 TRAINED = "trained.faiss"
 _VERSION = re.compile(r"v\d{4,}")
@@ -63,7 +64,8 @@ class KeptFile(BaseModel):
 
 
 class Recall(BaseModel):
-    """Share of the exact k nearest that the index's k first hold, by kind of query.
+    """What the index's k first hold, by kind of query: `recall@k` of the exact k nearest the share (k-recall@k),
+    `1-recall@k` in what share of queries the nearest.
 
     Queries are drawn over all parts and not trained on. An image query is itself in the index: its
     own id is taken out of both lists, so that finding itself earns nothing. reranked: of the k first of
@@ -75,9 +77,9 @@ class Recall(BaseModel):
     reranked: dict[str, dict[str, float]] = {}
 
     @property
-    def lowest_at_10(self) -> float:
-        """recall@10 as search has it by default, of the kind of query that fares worst."""
-        return min((kind["recall@10"] for kind in (self.reranked or self.figures).values()), default=1.0)
+    def lowest_at_10(self) -> float | None:
+        """recall@10 as search has it by default, of the kind of query that fares worst; None if it was not measured."""
+        return min((kind["recall@10"] for kind in (self.reranked or self.figures).values()), default=None)
 
 
 class Coding(BaseModel):

@@ -6,12 +6,15 @@ from collections.abc import Iterable, Iterator, Sequence
 
 from pipelines.index.drift import Drift
 from pipelines.index.recall import DEPTHS
-from pipelines.index.release import CurvePoint, Release
+from pipelines.index.release import CHART, CurvePoint, Release
+
+FIGURES = [*(f"recall@{k}" for k in DEPTHS), *(f"1-recall@{k}" for k in DEPTHS if k > 1)]
 
 
 def markdown(release: Release) -> str:
-    """The figures of the manifest as tables. The curve is one too: nothing here draws."""
-    sections = [_facts(release), _recall(release), _curve(release), _costs(release)]
+    """The figures of the manifest as tables; the curve as a chart too, which `chart` draws."""
+    found = [_recall(release), _curve(release)] if release.recall.queries else [_not_measured(release)]
+    sections = [_facts(release), *found, _costs(release)]
     return "\n\n".join([f"# {release.folder}", *("\n".join(section) for section in sections)]) + "\n"
 
 
@@ -41,12 +44,18 @@ def drift_line(found: Drift) -> str:
 
 def _recall(release: Release) -> Iterator[str]:
     yield "## Recall\n"
-    yield "Share of the exact k nearest among the k found; of queries that were not trained on.\n"
-    yield from table(["queries", "", *(f"recall@{k}" for k in DEPTHS), "ms a query", "bytes a vector"])
+    yield "Of queries that were not trained on, against exact search of all vectors. recall@k: share of the exact k "
+    yield "nearest among the k found. 1-recall@k: how often the nearest of all is among them.\n"
+    yield from table(["queries", "", *FIGURES, "ms a query", "bytes a vector"])
     for kind, count in release.recall.queries.items():
         for how, figures, ms, size in rows_of(release, kind):
-            cells = [f"{figures[f'recall@{k}']:.3f}" for k in DEPTHS]
+            cells = [f"{figures[name]:.3f}" for name in FIGURES]
             yield _row([f"{kind} ({count:,})", how, *cells, f"{ms:.2f}", f"{size:,.1f}"])
+
+
+def _not_measured(release: Release) -> Iterator[str]:
+    yield "## Recall\n"
+    yield f"Not measured (index.recall_queries is 0). {release.query_ms:.2f} ms a query."
 
 
 def rows_of(release: Release, kind: str) -> Iterator[tuple[str, dict[str, float], float, float]]:
@@ -60,6 +69,7 @@ def rows_of(release: Release, kind: str) -> Iterator[tuple[str, dict[str, float]
 
 def _curve(release: Release) -> Iterator[str]:
     yield "## Recall and latency\n"
+    yield f"![recall@10 over milliseconds a query]({CHART})\n"
     yield "recall@10 with other search parameters; one query at a time, all index shards one after the other.\n"
     kinds = list(release.recall.queries)
     extra = [f"{kind} re-ranked" for kind in kinds] if release.rerank else []

@@ -15,11 +15,13 @@ from autofaiss.external.metadata import IndexMetadata
 from pipelines.config import IndexConfig
 from pipelines.errors import IndexBuildError
 from pipelines.index.choose import clusters, empty_index
-from pipelines.index.parts import Ids, Parts, Vectors, pick, take, vectors
+from pipelines.index.parts import Ids, Parts, Vectors, pick, require_finite, take, vectors
 from pipelines.storage import Store
 
 VECTORS_PER_CLUSTER = 100
 QUERY_SHARE = 10
+HELD_OUT = 1_000
+"""Queries where recall is not measured: a search is timed with them, and an int8 coding learnt."""
 _CGROUP_LIMIT = Path("/sys/fs/cgroup/memory.max")
 
 
@@ -44,7 +46,7 @@ def draw(parts: Parts, key: str, settings: IndexConfig) -> Draw:
     Raises: IndexBuildError where there are too few vectors for the key, or too little memory for them.
     """
     trains = not empty_index(key, parts.dim, settings.metric).is_trained
-    queries = min(settings.recall_queries, max(1, parts.rows // QUERY_SHARE))
+    queries = min(settings.recall_queries or HELD_OUT, max(1, parts.rows // QUERY_SHARE))
     count = min(_train_count(key, settings), parts.rows - queries) if trains else 0
     if trains:
         _require_enough(key, count)
@@ -93,6 +95,7 @@ def read_picked(store: Store, parts: Parts, positions: Sequence[Ids]) -> Vectors
         if len(wanted):
             column = take(store, parts.path(part), wanted, ["embedding"])["embedding"]
             found[filled : filled + len(wanted)] = vectors(column, parts.dim)
+            require_finite(store, parts.path(part), found[filled : filled + len(wanted)])
             filled += len(wanted)
     return found
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from time import perf_counter
 from typing import Any
 
@@ -11,11 +13,14 @@ import numpy as np
 from autofaiss.external.optimize import binary_search_on_param, get_optimal_hyperparameters
 from autofaiss.indices.index_utils import speed_test_ms_per_query
 
+from pipelines.errors import ConfigError
 from pipelines.index.parts import Vectors
 
 # autofaiss finds these anywhere in a key, and takes an IVF_HNSW for an HNSW; so we ask it only for these.
 _AUTOFAISS = r"OPQ\d+_\d+,IVF\d+(_HNSW\d+)?,PQ\d+(x\d+)?|HNSW\d+|IVF\d+,Flat|Flat"
 MAX_NPROBE = 6_144
+MAX_EF_SEARCH = 16_383
+CHEAP_REACH = 32
 BATCH_QUERIES, NEIGHBOURS = 32, 40
 
 
@@ -28,13 +33,58 @@ def tune(index: Any, key: str, max_query_ms: float) -> str:
     """
     if re.fullmatch(_AUTOFAISS, key):
         return str(get_optimal_hyperparameters(index, key, max_query_ms))
-    lists = re.search(r"IVF(\d+)(_HNSW\d+)?", key)
-    if not lists:
+    found = reach_of(key)
+    if not found:
         return ""
-    form = "nprobe={0},efSearch={1}" if lists[2] else "nprobe={0}"
-    probes = list(range(1, min(MAX_NPROBE, int(lists[1])) + 1))
-    nprobe = binary_search_on_param(index, probes, max_query_ms, lambda n: form.format(n, 2 * n))
-    return form.format(nprobe, 2 * nprobe)
+    probes = list(range(1, found.most + 1))
+    return found.params(binary_search_on_param(index, probes, max_query_ms, found.params))
+
+
+@dataclass(frozen=True)
+class Reach:
+    """How far a search can look: 1 … most, of which `params` are FAISS's parameters."""
+
+    form: str
+    most: int
+
+    def params(self, looked: int) -> str:
+        return self.form.format(looked, 2 * looked)
+
+
+def reach_of(key: str) -> Reach | None:
+    """In inverted lists, else in neighbours of a graph; None where every search looks at everything."""
+    if lists := re.search(r"IVF(\d+)(_HNSW\d+)?", key):
+        return Reach("nprobe={0},efSearch={1}" if lists[2] else "nprobe={0}", min(MAX_NPROBE, int(lists[1])))
+    return Reach("efSearch={0}", MAX_EF_SEARCH) if re.search(r"HNSW\d+", key) else None
+
+
+def least(key: str, enough: Callable[[list[str]], list[bool]]) -> str:
+    """The parameters that look least far and are enough, to an eighth; the furthest where none is.
+
+    Doubled until they are, and then between: what looks far costs most to try. `enough` is asked of several at a
+    time, since each time every index shard is opened.
+    """
+    reach = reach_of(key)
+    if not reach:
+        return ""
+    below, above = 0, reach.most
+    for steps in _doublings(reach.most):
+        held = dict(zip(steps, enough([reach.params(step) for step in steps]), strict=True))
+        above = next((step for step in steps if held[step]), above)
+        below = max([below, *(step for step in steps if step < above and not held[step])])
+        if any(held.values()):
+            break
+    between = sorted({below + (above - below) * part // 8 for part in range(1, 8)} - {below, above})
+    tried = enough([reach.params(step) for step in between]) if between else []
+    return reach.params(next((step for step, good in zip(between, tried, strict=True) if good), above))
+
+
+def _doublings(most: int) -> Iterator[list[int]]:
+    """1, 2, 4 … most: the first together, which cost little, each further one by itself."""
+    steps = [*(1 << power for power in range(most.bit_length()) if 1 << power < most), most]
+    cheap = [step for step in steps if step <= CHEAP_REACH] or steps[:1]
+    yield cheap
+    yield from ([step] for step in steps[len(cheap) :])
 
 
 def around(key: str, params: str) -> list[str]:
@@ -58,6 +108,18 @@ def _with(params: str, looked: int) -> str:
 def apply(index: Any, params: str) -> None:
     """Sets `nprobe=8,efSearch=16`-like parameters. Raises: RuntimeError for one that the index has not."""
     faiss.ParameterSpace().set_index_parameters(index, params)
+
+
+def require_params(index: Any, key: str, params: str) -> None:
+    """Raises: ConfigError for pinned parameters that an index of this key has not."""
+    try:
+        apply(index, params)
+    except RuntimeError as error:
+        reason = str(error).rpartition(":")[2].strip()
+        raise ConfigError(
+            f"index.search_params: {params!r} does not suit {key}: {reason}",
+            "Take those of a release's manifest, such as nprobe=16 for IVF and efSearch=64 for HNSW, or leave it out.",
+        ) from None
 
 
 def full_probe(key: str) -> str:

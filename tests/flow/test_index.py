@@ -108,7 +108,7 @@ def test_the_release_is_whole(output: Path, release: Release) -> None:
     assert not [path for path in (output / "staging").rglob("*") if path.is_file()]
     files = sorted(path.name for path in (output / release.folder).iterdir())
     shards = [f"shard-{at:04d}.{suffix}" for at in range(4) for suffix in ("faiss", "npy")]
-    assert files == ["build.json", "manifest.json", "report.md", *shards, "trained.faiss", "truth.npz"]
+    assert files == ["build.json", "curve.svg", "manifest.json", "report.md", *shards, "trained.faiss", "truth.npz"]
 
 
 def test_every_id_leads_back_to_its_key_and_vector(output: Path, release: Release) -> None:
@@ -191,8 +191,11 @@ def test_search_finds_a_vector_and_its_caption(output: Path, release: Release) -
 def test_no_step_holds_all_parts(ray_local: None, output: Path, tmp_path: Path) -> None:
     total = everything(output, "text")[1].nbytes
     store = Metered(str(output), log=str(tmp_path / "held"))
-    settings = SETTINGS.model_copy(update={"shards": 2, "train_vectors": 3_000, "recall_queries": 20})
-    build_index(store, ENCODER, "text", settings, force=True)
+    settings = SETTINGS.model_copy(
+        update={"shards": 2, "train_vectors": 3_000, "recall_queries": 20, "target_recall": 0.4}
+    )
+    built = build_index(store, ENCODER, "text", settings, force=True)
+    assert built.recall.reranked["text"]["recall@10"] >= 0.4
     Searcher(store, modality="text", exact=True).nearest(np.ones((2, DIM), np.float32), 10)
     store.note("searched")
     tracemalloc.stop()
@@ -213,6 +216,21 @@ def test_nothing_changed_builds_nothing(ray_local: None, tmp_path: Path) -> None
     assert forced.version == "v0002" == current_version(store, f"index/{ENCODER}/image")
     assert forced.parts == first.parts and forced.recall == first.recall
     assert [shard.sha256 for shard in forced.shards] == [shard.sha256 for shard in first.shards]
+
+
+def test_pinned_and_without_recall_the_same_build_gives_the_same(ray_local: None, tmp_path: Path) -> None:
+    store = write_output(tmp_path, parts=4, rows=300)
+    settings = IndexConfig(
+        index_key="OPQ4_16,IVF16,PQ4x4", search_params="nprobe=3,ht=64", recall_queries=0, floor=0, shards=2
+    )
+    built = [build_index(store, ENCODER, "image", settings, force=True) for _ in range(2)]
+    assert {release.search_params for release in built} == {"nprobe=3,ht=64"}
+    assert built[0].query_ms > 0 and built[0].rerank and built[0].rerank.query_ms > 0
+    assert not built[0].recall.queries and not built[0].curve and built[0].recall.lowest_at_10 is None
+    assert [[file.sha256 for file in release.files] for release in built] == [[f.sha256 for f in built[0].files]] * 2
+    assert "Not measured" in (tmp_path / built[0].folder / "report.md").read_text()
+    (row,) = Searcher(store).search(everything(tmp_path, "image")[1][[7]], 3)
+    assert row[0].id == 7
 
 
 def test_captions_measure_an_image_index_too(ray_local: None, tmp_path: Path) -> None:

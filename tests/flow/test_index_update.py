@@ -125,6 +125,24 @@ def test_an_update_reads_no_vector_of_old_parts(ray_local: str, tmp_path: Path) 
         assert update_index(Unread(str(tmp_path)), ENCODER, "image", {}).parts.standing == 5 * 188
 
 
+def test_an_update_looks_as_far_as_its_base_and_measures_no_recall_where_that_has_none(
+    ray_local: str, tmp_path: Path
+) -> None:
+    store = write_output(tmp_path, parts=2)
+    pinned = SETTINGS.model_copy(update={"search_params": "nprobe=3,ht=64", "recall_queries": 0})
+    build_index(store, ENCODER, "image", pinned)
+    write_output(tmp_path, parts=1, first=2)
+    release = update_index(store, ENCODER, "image", {})
+    assert (release.grown_from, release.search_params, len(release.shards)) == ("v0001", "nprobe=3,ht=64", 3)
+    assert not release.recall.queries and not release.curve and release.query_ms > 0
+    assert release.drift and release.drift.ratio > 1.5
+    new = release.parts.ranges[2]
+    own = Searcher(store, params=full_probe(release.index_key)).nearest(vectors_of(tmp_path, new.name), 1).ids[:, 0]
+    assert own.tolist() == list(range(new.offset, new.offset + new.rows))
+    with pytest.raises(ConfigError, match="another recall_queries 0 → 60"):
+        update_index(store, ENCODER, "image", {"recall_queries": 60})
+
+
 def test_what_cannot_be_updated_says_so(ray_local: str, tmp_path: Path) -> None:
     store = write_output(tmp_path, parts=2)
     with pytest.raises(IndexBuildError, match=r"(?s)no index .*Run `vecmill index` first"):
@@ -135,6 +153,9 @@ def test_what_cannot_be_updated_says_so(ray_local: str, tmp_path: Path) -> None:
         ({"metric": "ip"}, "another metric l2 → ip"),
         ({"index_key": "Flat"}, "another index_key OPQ4_16,IVF16,PQ4x4 → Flat"),
         ({"rerank": "int8"}, "another rerank float16 → int8"),
+        ({"search_params": "nprobe=5"}, "another search_params nprobe=.* → nprobe=5"),
+        ({"target_recall": 0.5}, "another target_recall None → 0.5"),
+        ({"recall_queries": 0}, "another recall_queries 60 → 0"),
     ):
         with pytest.raises(ConfigError, match=told):
             update_index(store, ENCODER, "image", given)

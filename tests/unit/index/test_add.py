@@ -4,6 +4,8 @@ from pathlib import Path
 
 import faiss
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 
 from pipelines.errors import IndexBuildError
@@ -14,10 +16,10 @@ from pipelines.index.parts import Parts, list_parts
 from pipelines.index.probe import Opening, probe
 from pipelines.index.recall import Top, exact, merge
 from pipelines.index.release import open_shard
-from pipelines.index.train import train
+from pipelines.index.train import read_picked, train
 from pipelines.index.tune import full_probe
 from pipelines.storage import Store
-from tests.indexed import everything, write_output
+from tests.indexed import everything, part_name, write_output
 from tests.unit.index.test_parts import FOLDER
 
 KEYS = [("OPQ4_16,IVF16,PQ4x4", "ip"), ("OPQ4_16,IVF16,PQ4x4", "l2"), ("IVF16_HNSW8,PQ4x4", "l2"), ("Flat", "ip")]
@@ -110,6 +112,26 @@ def test_a_damaged_shard_is_refused(tmp_path: Path, damage: str) -> None:
         file.write_bytes(data[:-100] if damage == "cut" else data[:-500] + bytes([data[-500] ^ 1]) + data[-499:])
     with pytest.raises(IndexBuildError, match=shard.file):
         open_shard(Store(str(tmp_path)), "index", shard)
+
+
+@pytest.mark.parametrize("bad", [np.nan, np.inf])
+def test_what_is_not_finite_gets_into_no_index(tmp_path: Path, bad: float) -> None:
+    store = write_output(tmp_path, parts=3)
+    path = tmp_path / FOLDER / part_name(1)
+    table = pq.read_table(path)
+    column = table["embedding"].combine_chunks()
+    numbers = column.flatten().to_numpy(zero_copy_only=False).copy()
+    numbers[40] = bad
+    at = table.schema.get_field_index("embedding")
+    spoilt = pa.FixedSizeListArray.from_arrays(pa.array(numbers), 16).cast(column.type)
+    pq.write_table(table.set_column(at, table.schema.field(at), spoilt), path)
+    parts = list_parts(store, FOLDER)
+    faiss.write_index(train("Flat", "ip", np.empty((0, 16), np.float32), 16), str(tmp_path / "trained.faiss"))
+    with pytest.raises(IndexBuildError, match=rf"{part_name(1)} holds vectors that are not finite"):
+        fill(store, parts, "trained.faiss", "index/s.faiss", np.empty((0, 16), np.float32), 1, "ip")
+    with pytest.raises(IndexBuildError, match=rf"{part_name(1)} holds vectors that are not finite"):
+        read_picked(store, parts, [np.arange(part.rows) for part in parts.ranges])
+    assert not (tmp_path / "index").exists()
 
 
 @pytest.mark.parametrize(("key", "metric"), KEYS)

@@ -91,6 +91,14 @@ def test_too_many_rejects_bar_publishing(store: Store) -> None:
         publish(store, made, 0.9, 3)
 
 
+def test_recall_that_was_not_measured_is_above_no_floor(store: Store) -> None:
+    made = another(store, "v0002").model_copy(update={"recall": Recall(queries={}, figures={})})
+    with pytest.raises(NotPublishedError, match=r"its recall was not measured .*, and the floor is 0.9"):
+        publish(store, made, 0.9, 3)
+    publish(store, made, 0, 3)
+    assert current_version(store, HOME) == "v0002"
+
+
 def test_counts_that_differ_from_the_commits_bar_publishing(store: Store, tmp_path: Path) -> None:
     made = another(store, "v0002")
     assert list(obstacles(store, made, 0.9)) == []

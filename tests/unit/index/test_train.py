@@ -3,6 +3,7 @@ from pathlib import Path
 import faiss
 import numpy as np
 import pytest
+from pydantic import ValidationError
 
 from pipelines.config import IndexConfig
 from pipelines.errors import IndexBuildError
@@ -34,6 +35,13 @@ def test_the_same_seed_draws_the_same() -> None:
 def test_an_index_that_learns_nothing_draws_queries_only() -> None:
     drawn = draw(of_rows(40), "Flat", IndexConfig())
     assert len(drawn.train) == 0 and len(drawn.queries) == 4
+
+
+def test_without_recall_queries_are_still_held_out_for_latencies() -> None:
+    drawn = draw(of_rows(500), KEY, IndexConfig(recall_queries=0, floor=0))
+    assert len(drawn.queries) == 50
+    with pytest.raises(ValidationError, match="set floor to 0 too"):
+        IndexConfig(recall_queries=0)
 
 
 def test_too_few_vectors_for_the_key() -> None:
