@@ -1,6 +1,6 @@
 """Matchers that `vecmill train` made: a folder of config.json, model.safetensors and vocab.txt, local or at a URL.
 
-Images and captions have vectors in one space.
+Images and captions have vectors in one space. `demo` is the one that comes with the package.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from pipelines.encoders.name import EncoderName
 from pipelines.encoders.torch_encoder import TorchEncoder
 from pipelines.errors import EncoderError
 
-EXAMPLES = ("matcher:DIR", "matcher:s3://models/pedes")
+EXAMPLES = ("matcher:DIR", "matcher:s3://models/pedes", "demo")
 OPTIONS: dict[str, str] = {}
 CLASSIFIER = "classifier.weight"
 """Of training; a folder may have it, and no vector needs it."""

@@ -21,6 +21,9 @@ if TYPE_CHECKING:
 FAMILIES = ("open_clip", "hf", "timm", "blip", "blip2", "beit3", "st", "matcher")
 """Each a module of this package; another, `<family>_text`, has its tokenizer, all that decode workers need of it."""
 
+DEMO = "demo"
+"""The matcher that comes with the package, by its name alone."""
+
 ENTRY_POINTS = "vecmill.encoders"
 """The group in which other packages name modules of theirs that are families."""
 
@@ -39,7 +42,9 @@ def describe(name: str, storage: dict[str, dict[str, Any]] | None = None) -> Enc
     Raises: ConfigError for a name of no known form; EncoderError for a model that cannot be had exactly.
     """
     parsed = EncoderName.parse(name)
-    if parsed.family not in families() or not parsed.reference:
+    if parsed.family == DEMO and not parsed.reference:
+        parsed = replace(parsed, family="matcher")
+    elif parsed.family not in families() or not parsed.reference:
         known = ", ".join(f"{each}: (as in {family(each).EXAMPLES[0]})" for each in families())
         raise ConfigError(f"encoder = {name}: no encoder of that form.", f"Known families: {known}.")
     module = family(parsed.family)
