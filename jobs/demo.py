@@ -7,7 +7,9 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
+import numpy as np
 import typer
+from numpy.typing import NDArray
 
 from jobs.cluster import connected
 from jobs.console import err, out
@@ -20,10 +22,12 @@ from pipelines.scenes import altered, key_of, scene, write_shards
 from pipelines.storage import Store
 
 if TYPE_CHECKING:
-    from pipelines.search import Searcher
+    from pipelines.queries import Query
+    from pipelines.search import Hit
 
 SAMPLES, SHARDS, BROKEN, SEED = 1_000, 8, 6, 0
 SOUGHT = (17, 404, 808)
+TYPED = ("a red circle above a blue square", "a yellow star inside a ring", "a heart on a black background")
 
 Folder = Annotated[Path, typer.Option(help="Where everything goes; run again to see it resume.")]
 
@@ -36,11 +40,7 @@ def demo(folder: Folder = Path("demo")) -> None:
     folder = folder.resolve()
     say("1. Shards", f"{SAMPLES:,} captioned scenes in {SHARDS} tar shards, {BROKEN} samples broken on purpose")
     once(folder / "shards", lambda fresh: write_shards(fresh, SAMPLES, SHARDS, SEED, BROKEN))
-    say(
-        "2. Encoder", "a small open_clip model with random weights: it has learned nothing, so words will find nothing,"
-    )
-    err.print("   but an altered copy of an image still lands next to its original")
-    once(folder / "encoder", write_encoder)
+    say("2. Encoder", "the package's own, `demo`: trained on other scenes than these")
     with connected(None) as cluster:
         say("3. Embed", "read → decode → encode → write")
         run = prepare(settings(folder), cluster)
@@ -48,8 +48,12 @@ def demo(folder: Folder = Path("demo")) -> None:
         run_embed(run)
         say("4. Index", "autofaiss chooses, recall is measured")
         build(run.store, run.folders[0])
-    say("5. Search", "with altered copies (cropped, brighter, JPEG quality 60) of three scenes")
-    search(run.store, folder)
+    say("5. Search", "by words")
+    search_by_words(run.store)
+    say("6. Search", "with altered copies (cropped, brighter, JPEG quality 60) of three scenes")
+    search_by_images(run.store, folder)
+    say("7. Recall", "each caption sought among all of these scenes, none of which the encoder has seen")
+    tell_recall(folder / "output")
     next_steps(folder)
 
 
@@ -63,12 +67,6 @@ def once(folder: Path, write: Callable[[Path], object]) -> None:
         fresh.rename(folder)
 
 
-def write_encoder(folder: Path) -> None:
-    from jobs.demo_encoder import write_demo_encoder
-
-    write_demo_encoder(folder, SEED)
-
-
 def say(title: str, text: str) -> None:
     out.print(f"[bold]{title}[/bold]  {text}")
 
@@ -79,7 +77,7 @@ def settings(folder: Path) -> RunConfig:
         {
             "input": [str(folder / "shards")],
             "output": output_store_root(str(folder / "output")),
-            "encoder": f"open_clip:local-dir:{folder / 'encoder'}",
+            "encoder": "demo",
             "name": "demo",
         },
     )
@@ -92,18 +90,58 @@ def build(store: Store, encoder: str) -> None:
     print_release(store, release)
 
 
-def search(store: Store, folder: Path) -> None:
-    from pipelines.queries import Query, embed_queries, query_spec
-    from pipelines.search import Searcher
+def search_by_words(store: Store) -> None:
+    from pipelines.queries import Query
+
+    for text, hits in zip(TYPED, found(store, [Query(text=text) for text in TYPED]), strict=True):
+        out.print(f'  "{text}":', markup=False)
+        print_hits(hits)
+
+
+def search_by_images(store: Store, folder: Path) -> None:
+    from pipelines.queries import Query
 
     paths = [altered_copy(index, folder) for index in SOUGHT]
-    searcher: Searcher = Searcher(store, "demo")
-    vectors = embed_queries(query_spec(store, "demo"), [Query(image=str(path)) for path in paths])
-    for index, path, hits in zip(SOUGHT, paths, searcher.search(vectors, 3), strict=True):
-        found = "found its original" if hits[0].key == key_of(index) else "did not find its original"
-        out.print(f"  {path.name} {found}:", markup=False)
-        for rank, hit in enumerate(hits, 1):
-            out.print(f"    {rank}  {hit.score:.4f}  {hit.key}  {(hit.captions or [''])[0]}", markup=False)
+    for index, path, hits in zip(SOUGHT, paths, found(store, [Query(image=str(path)) for path in paths]), strict=True):
+        outcome = "found its original" if hits[0].key == key_of(index) else "did not find its original"
+        out.print(f"  {path.name} {outcome}:", markup=False)
+        print_hits(hits)
+
+
+def found(store: Store, queries: list[Query]) -> list[list[Hit]]:
+    from pipelines.queries import embed_queries, query_spec
+    from pipelines.search import Searcher
+
+    return Searcher(store, "demo", "image").search(embed_queries(query_spec(store, "demo"), queries), 3)
+
+
+def print_hits(hits: list[Hit]) -> None:
+    for rank, hit in enumerate(hits, 1):
+        out.print(f"    {rank}  {hit.score:.4f}  {hit.key}  {(hit.captions or [''])[0]}", markup=False)
+
+
+def tell_recall(output: Path) -> None:
+    from pipelines.training.retrieval import recalls
+
+    (images, of_images), (texts, of_texts) = (embedded(output, modality) for modality in ("image", "text"))
+    for direction, figures in recalls(images, of_images, texts, of_texts).items():
+        told = ", ".join(f"R@{k} {figures[f'recall@{k}']:.1%}" for k in (1, 5, 10))
+        out.print(f"  {direction.replace('_to_', ' → ')}: {told}", markup=False)
+    chance = f"{1 / len(images):.1%}, {5 / len(images):.1%} and {10 / len(images):.1%}"
+    out.print(
+        f"  {len(images):,} images, {len(texts):,} captions; chance would be {chance} for a caption", markup=False
+    )
+
+
+def embedded(output: Path, modality: str) -> tuple[NDArray[np.float32], NDArray[np.int64]]:
+    """Vectors, and which sample each is of."""
+    import pyarrow.parquet as pq
+
+    table = pq.read_table(output / "embeddings" / "demo" / modality)
+    samples = [
+        hash((shard, row)) for shard, row in zip(*(table[name].to_pylist() for name in ("shard", "row")), strict=True)
+    ]
+    return np.stack(table["embedding"].to_numpy()).astype(np.float32), np.array(samples)
 
 
 def altered_copy(index: int, folder: Path) -> Path:

@@ -34,6 +34,10 @@ class Command:
         assert self._process.pid is not None
         self.pid: int = self._process.pid
 
+    @property
+    def is_running(self) -> bool:
+        return self._process.is_alive()
+
     def wait(self, timeout_s: float = TIMEOUT_S) -> tuple[int, str]:
         """Exit status, negative of the signal it died of, and all that it printed. Raises: TimeoutError."""
         self._process.join(timeout_s)

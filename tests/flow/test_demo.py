@@ -2,17 +2,29 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
+from pipelines.scenes.shapes import COLOURS, SHAPES
 from tests.flow.command import vecmill
 
 
-def test_the_demo_finds_what_it_altered_and_resumes(tmp_path: Path) -> None:
+def test_the_demo_finds_by_words_and_what_it_altered_and_resumes(tmp_path: Path) -> None:
     demo = tmp_path / "demo"
     printed = vecmill("demo", "--folder", str(demo))
     assert "8 shards embedded, 0 were done before" in printed
     assert "995 embedded + 5 rejected" in printed
     assert printed.count(" found its original:") == 3
+    shown = dict(re.findall(r'^  "(.*)":\n    1  [\d.]+  \S+  (.*)$', printed, re.MULTILINE))
+    assert len(shown) == 3
+    for text, caption in shown.items():
+        said = re.findall(rf"({'|'.join(COLOURS)})? ?({'|'.join(SHAPES)})", text)
+        assert all(f"{colour} {shape}".strip() in caption for colour, shape in said), (text, caption)
+    # By chance 0.1 and 1.0 %.
+    (recall_at_1, recall_at_10) = map(
+        float, re.search(r"text → image: R@1 ([\d.]+)%.* R@10 ([\d.]+)%", printed).groups()
+    )
+    assert recall_at_1 > 20 and recall_at_10 > 70
     for line in printed.splitlines():
         if line.startswith(f"  {demo}"):
             assert Path(line.split()[0]).exists(), line
