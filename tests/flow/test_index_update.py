@@ -177,14 +177,3 @@ def test_what_cannot_be_updated_says_so(ray_local: str, tmp_path: Path) -> None:
     with pytest.raises(NoVectorsError, match="holds no vectors"):
         update_index(store, ENCODER, "image", {})
     assert [path.name for path in (tmp_path / HOME).glob("v*")] == ["v0001"] and not store.names("staging")
-
-
-def test_an_update_never_copies_what_was_taken_down(ray_local: str, tmp_path: Path) -> None:
-    store = write_output(tmp_path, parts=2)
-    build_index(store, ENCODER, "image", SETTINGS)
-    write_output(tmp_path, parts=1, first=2)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("pipelines.index.grow.holds_removed", lambda store, release: True)
-        with pytest.raises(IndexBuildError, match=r"(?s)v0001 holds vectors of what was taken down.*builds anew"):
-            update_index(store, ENCODER, "image", {})
-    assert not (tmp_path / HOME / "v0002").exists()
