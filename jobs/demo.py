@@ -7,9 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
-import numpy as np
 import typer
-from numpy.typing import NDArray
 
 from jobs.cluster import connected
 from jobs.console import err, out
@@ -27,7 +25,8 @@ if TYPE_CHECKING:
 
 SAMPLES, SHARDS, BROKEN, SEED = 1_000, 8, 6, 0
 SOUGHT = (17, 404, 808)
-TYPED = ("a red circle above a blue square", "a yellow star inside a ring", "a heart on a black background")
+# Of scenes that there are, in other words than their captions'.
+TYPED = ("a green star above a pink heart", "a red hexagon inside a blue ring", "a black ring right of a red arrow")
 
 Folder = Annotated[Path, typer.Option(help="Where everything goes; run again to see it resume.")]
 
@@ -53,7 +52,7 @@ def demo(folder: Folder = Path("demo")) -> None:
     say("6. Search", "with altered copies (cropped, brighter, JPEG quality 60) of three scenes")
     search_by_images(run.store, folder)
     say("7. Recall", "each caption sought among all of these scenes, none of which the encoder has seen")
-    tell_recall(folder / "output")
+    tell_recall(run.store)
     next_steps(folder)
 
 
@@ -120,28 +119,12 @@ def print_hits(hits: list[Hit]) -> None:
         out.print(f"    {rank}  {hit.score:.4f}  {hit.key}  {(hit.captions or [''])[0]}", markup=False)
 
 
-def tell_recall(output: Path) -> None:
-    from pipelines.training.retrieval import recalls
+def tell_recall(store: Store) -> None:
+    from pipelines.evaluate.retrieval import Asked, measured
 
-    (images, of_images), (texts, of_texts) = (embedded(output, modality) for modality in ("image", "text"))
-    for direction, figures in recalls(images, of_images, texts, of_texts).items():
-        told = ", ".join(f"R@{k} {figures[f'recall@{k}']:.1%}" for k in (1, 5, 10))
-        out.print(f"  {direction.replace('_to_', ' → ')}: {told}", markup=False)
-    chance = f"{1 / len(images):.1%}, {5 / len(images):.1%} and {10 / len(images):.1%}"
-    out.print(
-        f"  {len(images):,} images, {len(texts):,} captions; chance would be {chance} for a caption", markup=False
-    )
-
-
-def embedded(output: Path, modality: str) -> tuple[NDArray[np.float32], NDArray[np.int64]]:
-    """Vectors, and which sample each is of."""
-    import pyarrow.parquet as pq
-
-    table = pq.read_table(output / "embeddings" / "demo" / modality)
-    samples = [
-        hash((shard, row)) for shard, row in zip(*(table[name].to_pylist() for name in ("shard", "row")), strict=True)
-    ]
-    return np.stack(table["embedding"].to_numpy()).astype(np.float32), np.array(samples)
+    for found in measured(store, "demo", Asked(protocols=("captions",), index=False)):
+        told = ", ".join(f"R@{k} {found.figures[f'recall@{k}']:.1%}" for k in (1, 5, 10))
+        out.print(f"  {found.asks} → {found.finds}: {told}, of {found.queries:,} among {found.gallery:,}", markup=False)
 
 
 def altered_copy(index: int, folder: Path) -> Path:
