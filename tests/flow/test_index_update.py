@@ -185,6 +185,6 @@ def test_an_update_never_copies_what_was_taken_down(ray_local: str, tmp_path: Pa
     write_output(tmp_path, parts=1, first=2)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("pipelines.index.grow.holds_removed", lambda store, release: True)
-        with pytest.raises(IndexBuildError, match=r"(?s)v0001 holds vectors of what was taken down.*builds anew"):
+        with pytest.raises(ConfigError, match=r"(?s)v0001 has vectors of what was taken down.*Build anew"):
             update_index(store, ENCODER, "image", {})
     assert not (tmp_path / HOME / "v0002").exists()
