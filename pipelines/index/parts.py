@@ -278,12 +278,17 @@ def take(store: Store, path: str, positions: Ids, columns: list[str] | None = No
         starts = np.concatenate([[0], np.cumsum(sizes, dtype=np.int64)])
         group_of = np.searchsorted(starts, positions, side="right") - 1
         found = [
-            file.read_row_group(int(group), columns, use_threads=False).take(
-                positions[group_of == group] - starts[group]
-            )
+            _of_group(file, int(group), positions[group_of == group] - starts[group], columns)
             for group in np.unique(group_of)
         ]
         return pa.concat_tables(found or [file.schema_arrow.empty_table()])
+
+
+def _of_group(file: pq.ParquetFile, group: int, positions: Ids, columns: list[str] | None) -> pa.Table:
+    """Of a row group the rows at the sorted positions. What lies behind the last of them is not decoded."""
+    rows = int(positions[-1]) + 1
+    head = next(file.iter_batches(rows, row_groups=[group], columns=columns, use_threads=False))
+    return pa.Table.from_batches([head]).take(positions)
 
 
 def pick(parts: Parts, count: int, seed: int) -> list[Ids]:

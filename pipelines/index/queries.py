@@ -32,9 +32,9 @@ class Queries:
         return np.concatenate([self.ids, np.full(len(self.vectors) - len(self.ids), -1)])
 
     def first(self, count: int) -> Queries:
-        """So many of the index's own."""
-        kind = next(iter(self.kinds))
-        return Queries({kind: self.kinds[kind][:count]}, self.ids[:count])
+        """So many of the first kind, or as many as there are."""
+        kind, vectors = next(iter(self.kinds.items()))
+        return Queries({kind: vectors[:count]}, self.ids[: len(vectors[:count])])
 
     def where(self, kept: NDArray[np.bool_]) -> Queries:
         """Those of the flags, one a query; kinds of which none is left are left out."""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from bisect import bisect_right
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
@@ -19,6 +18,7 @@ from pipelines.index.parts import (
     ReplacedError,
     Vectors,
     open_part,
+    part_of,
     shard_of,
     take,
     vectors,
@@ -92,10 +92,10 @@ def _origins(store: Store, parts: Parts, ids: Iterable[int], of_part: OfPart) ->
 
 
 def _part_of(parts: Parts, id: int) -> PartRange:
-    at = bisect_right(parts.ranges, id, key=lambda part: part.offset) - 1
-    if at < 0 or id >= parts.ranges[at].offset + parts.ranges[at].rows:
+    part = part_of(parts, id)
+    if not part.offset <= id < part.offset + part.rows:
         raise IndexBuildError(f"There is no id {id}: ids go from 0 to {parts.rows - 1}", "Take one that a search gave.")
-    return parts.ranges[at]
+    return part
 
 
 def _of_standing_part(store: Store, parts: Parts, part: PartRange, ids: list[int]) -> list[Origin]:

@@ -161,7 +161,9 @@ def started(folder: str, cpus: int) -> None:
 
 def settings(size: Size, **changed: Any) -> IndexConfig:
     fixed = {"index_key": size.key, "search_params": PARAMS, "rerank": "none", "recall_queries": 0, "floor": 0.0}
-    return IndexConfig.model_validate({**fixed, "shards": os.cpu_count(), **changed})
+    # autofaiss counts lists alone, where we see to it that there are enough for the codes as well.
+    training = {"train_vectors": VECTORS_PER_CLUSTER * size.lists}
+    return IndexConfig.model_validate({**fixed, **training, "shards": os.cpu_count(), **changed})
 
 
 def ours(root: Path, size: Size, **changed: Any) -> Release:

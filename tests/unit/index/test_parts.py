@@ -79,19 +79,23 @@ def test_no_vectors_is_an_error_with_a_fix(tmp_path: Path) -> None:
         list_parts(store, "embeddings/none/image")
 
 
-def test_take_reads_only_the_row_groups_it_needs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_take_reads_only_the_row_groups_it_needs_and_of_these_no_row_behind_the_last(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     import pyarrow.parquet as pq
 
     store = write_output(tmp_path, parts=1)
-    read: list[int] = []
-    whole = pq.ParquetFile.read_row_group
+    read: list[tuple[int, list[int]]] = []
+    whole = pq.ParquetFile.iter_batches
     monkeypatch.setattr(
-        pq.ParquetFile, "read_row_group", lambda self, at, *a, **k: read.append(at) or whole(self, at, *a, **k)
+        pq.ParquetFile,
+        "iter_batches",
+        lambda self, rows, row_groups, **k: read.append((rows, row_groups)) or whole(self, rows, row_groups, **k),
     )
     items, _ = everything(tmp_path, "image")
     table = take(store, f"{FOLDER}/{part_name(0)}", np.array([3, 63, 64, 187]))
     assert table["row"].to_pylist() == [items[at].row for at in (3, 63, 64, 187)]
-    assert read == [0, 1, 2]
+    assert read == [(64, [0]), (1, [1]), (60, [2])]
     assert take(store, f"{FOLDER}/{part_name(0)}", np.array([], np.int64)).num_rows == 0
 
 
