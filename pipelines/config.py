@@ -287,7 +287,9 @@ def _problems(section: type[Section], error: ValidationError) -> list[str]:
         problem, allowed = _problem(section, dict(detail))
         told.setdefault(f"{_key(section, detail['loc'])}: {problem}", []).append(allowed)
     joined = {problem: ", or ".join(allowed) for problem, allowed in told.items()}
-    return [f"{problem} {allowed.replace(', or Input should be ', ', or ')}" for problem, allowed in joined.items()]
+    return [
+        f"{problem} {allowed.replace(', or Input should be ', ', or ')}".rstrip() for problem, allowed in joined.items()
+    ]
 
 
 def _problem(section: type[Section], detail: dict[str, Any]) -> tuple[str, str]:
@@ -295,6 +297,9 @@ def _problem(section: type[Section], detail: dict[str, Any]) -> tuple[str, str]:
         return f"unknown key (value {_shown(detail)});", f"known here: {', '.join(_keys_at(section, detail['loc']))}"
     if detail["type"] == "missing":
         return "missing;", "give it in the recipe or as a flag"
+    if detail["type"] == "value_error" and isinstance(detail["input"], dict):
+        # Of settings that do not agree: the message names them.
+        return detail["msg"].removeprefix("Value error, "), ""
     return f"{_shown(detail)} is not allowed:", detail["msg"]
 
 

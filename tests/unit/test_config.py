@@ -48,6 +48,10 @@ def test_the_least_recipe_leaves_choices_open(tmp_path: Path) -> None:
         ),
         ({"encode": {"actors": -1}}, ["encode.actors", "-1 is not allowed"]),
         ({"encode": 3}, ["encode: 3 is not allowed"]),
+        (
+            {"index": {"target_recall": 0.9, "recall_queries": 0, "floor": 0}},
+            ["\n  index: target_recall needs queries"],
+        ),
         ({"write": {"dtype": "float64"}}, ["write.dtype", "'float64'", "'float16' or 'float32'"]),
         ({"write": {"reject_ceiling": 1.5}}, ["write.reject_ceiling", "1.5", "less than or equal to 1"]),
         ({"decode": {"alpha": "black"}}, ["decode.alpha", "'black'", "'reference', 'white' or 'drop'"]),
