@@ -34,7 +34,8 @@ class Queries:
     def first(self, count: int) -> Queries:
         """So many of the index's own."""
         kind = next(iter(self.kinds))
-        return Queries({kind: self.kinds[kind][:count]}, self.ids[:count])
+        asked = self.kinds[kind][:count]
+        return Queries({kind: asked}, self.own[: len(asked)])
 
     def where(self, kept: NDArray[np.bool_]) -> Queries:
         """Those of the flags, one a query; kinds of which none is left are left out."""
