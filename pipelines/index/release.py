@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import json
 import re
 from contextlib import suppress
 from pathlib import Path
@@ -183,16 +182,23 @@ def claim_version(store: Store, folder: str, attempt: str, plan: str = "") -> st
     while True:
         number += 1
         version = f"v{number:04d}"
-        path, claim = f"{folder}/{version}/{CLAIM}", json.dumps({"attempt": attempt, "plan": plan}).encode()
+        path, claim = f"{folder}/{version}/{CLAIM}", Claim(attempt=attempt, plan=plan).model_dump_json().encode()
         # Not put, and yet ours: the acknowledgement of an earlier try was lost.
         if store.put_if_absent(path, claim) or store.read(path) == claim:
             return version
 
 
-def planned(store: Store, folder: str, version: str) -> str | None:
-    """The digest that a version was claimed with; None where it is gone."""
+class Claim(BaseModel):
+    """Who began a version. attempt: no other's. plan: digest of what it will be."""
+
+    attempt: str = ""
+    plan: str = ""
+
+
+def claim_of(store: Store, folder: str, version: str) -> Claim | None:
+    """What a version was claimed with; None where that is gone."""
     with suppress(FileNotFoundError):
-        return str(json.loads(store.read(f"{folder}/{version}/{CLAIM}", is_whole_json)).get("plan"))
+        return Claim.model_validate_json(store.read(f"{folder}/{version}/{CLAIM}", is_whole_json))
     return None
 
 
