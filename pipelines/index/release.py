@@ -203,15 +203,10 @@ def claim_of(store: Store, folder: str, version: str) -> Claim | None:
 
 
 def unfinished(store: Store, folder: str) -> list[str]:
-    """Versions that were begun and have no manifest: being built now, or left by a build that died."""
+    """Versions of which there is anything but a manifest: being built now, or left by a build or deletion that died."""
     names = set(store.names(folder))
-    return sorted(
-        name.split("/")[0] for name in names if name.endswith(f"/{CLAIM}") and _manifest_of(name) not in names
-    )
-
-
-def _manifest_of(claim: str) -> str:
-    return claim.removesuffix(CLAIM) + MANIFEST
+    begun = {name.split("/")[0] for name in names if "/" in name and _VERSION.fullmatch(name.split("/")[0])}
+    return sorted((version for version in begun if f"{version}/{MANIFEST}" not in names), key=number_of)
 
 
 def finish(store: Store, release: Release, publish: bool = True) -> None:
