@@ -41,7 +41,7 @@ from pipelines.index.measure import (
 )
 from pipelines.index.parts import BATCH_BYTES, Parts, Vectors, embeddings_folder, list_parts
 from pipelines.index.plan import Plan, make_plan
-from pipelines.index.publish import make_current, require_publishable
+from pipelines.index.publish import delete_superseded, make_current, require_publishable
 from pipelines.index.queries import Queries, caption_queries, split_sample
 from pipelines.index.recall import DEPTHS, Top, empty_top, merge, without
 from pipelines.index.release import (
@@ -186,6 +186,9 @@ def settle(store: Store, release: Release, settings: IndexConfig, progress: Prog
         # Looked at again: that took a while, in which another build may have been published.
         if not _had_its_turn(store, release, progress):
             make_current(store, release, settings.keep, progress)
+    elif current_version(store, index_folder(release.encoder, release.modality)) == release.version:
+        # Whoever made it so may have died before this was through.
+        delete_superseded(store, release, settings.keep, progress)
     return release
 
 

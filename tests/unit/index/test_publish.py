@@ -19,7 +19,7 @@ from pipelines.index.publish import (
     require_files,
     rollback,
 )
-from pipelines.index.release import Recall, Release, current_version, finish, newest_or_none, read_release
+from pipelines.index.release import Recall, Release, current_version, finish, newest_or_none, point_at, read_release
 from pipelines.ledger import Commit
 from pipelines.record import RunRecord, read_record, write_record
 from pipelines.search import Searcher
@@ -174,6 +174,15 @@ def test_a_deletion_that_dies_leaves_no_release_and_collect_clears_it(store: Sto
         delete_release(Dying(store.root), HOME, "v0002")
     assert states(store) == {"v0001": "current", "v0002": "unfinished"}
     assert {leftover.path.split("/")[3] for leftover in leftovers(store) if leftover.kind == "index"} == {"v0002"}
+
+
+def test_old_releases_go_though_the_one_who_published_died(store: Store) -> None:
+    for version in ("v0002", "v0003"):
+        publish(store, another(store, version), 0.9, 9)
+    last = another(store, "v0004")
+    point_at(store, HOME, "v0004")
+    settle(store, last, IndexConfig(keep=1), print)
+    assert states(store) == {"v0003": "previous", "v0004": "current"}
 
 
 def test_a_search_goes_on_while_the_pointer_moves(store: Store) -> None:
