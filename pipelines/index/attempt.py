@@ -1,7 +1,7 @@
 """A build's version and what of it is done, so that a build that died is taken up and not begun again.
 
-Under `staging/index/<encoder>/<modality>/<version>/<attempt>/` lies a note of each step that is through: what was learnt, and
-each index shard once its files are in their place.
+Under `staging/index/<encoder>/<modality>/<version>/<attempt>/` lies a note of each step that is through: what was
+learnt, and each index shard once its files are in their place.
 """
 
 from __future__ import annotations
