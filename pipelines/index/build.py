@@ -362,7 +362,12 @@ class Build:
             task.remote(self.store, self.attempt.note_of(name), parts, trained, f"{self.folder}/{name}", *rest)
             for name, parts in runs.items()
         ]
-        yield from map(get, refs)
+        try:
+            yield from map(get, refs)
+        except Exception:
+            # None may go on to write what is then taken back.
+            stop(refs)
+            raise
 
     def kept(self, asked: Asked) -> Asked:
         """What the next update is measured with."""
@@ -530,6 +535,13 @@ def bytes_per_vector(shards: list[IndexShard]) -> dict[str, float]:
     sides = [shard.side.bytes for shard in shards if shard.side]
     sizes = {"index": sum(shard.bytes for shard in shards), **({"rerank": sum(sides)} if sides else {})}
     return {name: round(size / rows, 3) for name, size in sizes.items()}
+
+
+def stop(refs: list[Any]) -> None:
+    """Cancels tasks, and returns once none of them runs."""
+    for ref in refs:
+        ray.cancel(ref)
+    ray.wait(refs, num_returns=len(refs))
 
 
 def get(ref: Any) -> Any:
