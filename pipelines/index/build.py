@@ -67,7 +67,7 @@ from pipelines.index.release import (
 )
 from pipelines.index.report import markdown
 from pipelines.index.rerank import StoredVectors, learn_coding
-from pipelines.index.room import require_room
+from pipelines.index.room import DiskFullError, require_room
 from pipelines.index.selection import standing
 from pipelines.index.train import train
 from pipelines.index.tune import apply, around, batch_query_ms, least, query_ms, tune
@@ -170,6 +170,8 @@ def build_and_settle(build: Build, id_space: int, fingerprint: str, progress: Pr
             )
     try:
         release = build.release(id_space, fingerprint, progress)
+    except DiskFullError:
+        raise
     except (ConfigError, IndexBuildError):
         # What is wrong with its parts will still be so; whatever else ended it, the next build goes on from here.
         build.attempt.clear()

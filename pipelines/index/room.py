@@ -14,6 +14,10 @@ from pipelines.index.plan import Plan
 from pipelines.storage import Store
 
 
+class DiskFullError(IndexBuildError):
+    """A disk without room for what a build writes: once there is, the same build goes on from where it was."""
+
+
 def require_room(plan: Plan, store: Store) -> None:
     """Raises: IndexBuildError where no node of the cluster has the memory for a task, which would wait for ever, or
     this machine's disks have no place for what a local output gets, or for what tasks write first."""
@@ -46,10 +50,10 @@ def _standing(folder: Path) -> Path:
 
 
 def require_free_disk(folder: Path, needed: int) -> None:
-    """Raises: IndexBuildError where a disk has fewer free bytes."""
+    """Raises: DiskFullError where a disk has fewer free bytes."""
     free = shutil.disk_usage(folder).free
     if needed > free:
-        raise IndexBuildError(
+        raise DiskFullError(
             f"The index needs about {needed:,} bytes on the disk of {folder}; {free:,} are free",
             "Free some, choose a smaller index.index_key, set index.rerank to int8 or none, or raise index.shards.",
         )
