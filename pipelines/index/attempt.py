@@ -64,6 +64,11 @@ class Attempt:
     def staging(self) -> str:
         return f"staging/{self.folder}/{self.id}"
 
+    @property
+    def bytes(self) -> int:
+        """What lies there of it."""
+        return sum(size for _, size in self.store.sizes(self.folder))
+
     def note_of(self, shard: str) -> str:
         """Path of the note on an index shard, `shard-0000.faiss`."""
         return f"{self.staging}/{shard.removesuffix('.faiss')}.npz"

@@ -108,8 +108,8 @@ def build_index(
         return settle(store, latest, settings, progress)
     require_one_vector(parts, encoder, modality)
     plan = make_plan(parts, settings)
-    require_room(plan, store)
     with attempt_at(store, encoder, modality, digest_of(plan, settings, fingerprint), progress) as attempt:
+        require_room(plan, attempt)
         build = Build(attempt, encoder, modality, plan, settings)
         return build_and_settle(build, id_space(latest, parts, progress), fingerprint, progress)
 
