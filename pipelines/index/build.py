@@ -55,13 +55,16 @@ from pipelines.index.release import (
     Recall,
     Release,
     Rerank,
+    claim_id_space,
     current_version,
     finish,
+    finished,
     index_folder,
     newest_or_none,
     number_of,
     open_shard,
     publication,
+    read_release,
     sha256_of,
     unfinished,
 )
@@ -111,7 +114,7 @@ def build_index(
     with attempt_at(store, encoder, modality, digest_of(plan, settings, fingerprint), progress) as attempt:
         require_room(plan, attempt)
         build = Build(attempt, encoder, modality, plan, settings)
-        return build_and_settle(build, id_space(latest, parts, progress), fingerprint, progress)
+        return build_and_settle(build, id_space(store, attempt.home, latest, parts, progress), fingerprint, progress)
 
 
 @contextmanager
@@ -207,15 +210,15 @@ def _had_its_turn(store: Store, release: Release, progress: Progress) -> bool:
     return current == release.version
 
 
-def id_space(latest: Release | None, parts: Parts, progress: Progress) -> int:
-    """The latest's while its ids stay valid, else the next."""
+def id_space(store: Store, home: str, latest: Release | None, parts: Parts, progress: Progress) -> int:
+    """The latest's while its ids stay valid, else one that there never was."""
     if latest is None:
-        return 1
+        return claim_id_space(store, home)
     known = latest.parts.ranges
     if parts.ranges[: len(known)] == known:
         return latest.id_space
     progress("Parts of the latest release are gone or replaced: ids start anew")
-    return latest.id_space + 1
+    return claim_id_space(store, home, latest.id_space + 1)
 
 
 def recorded_fingerprint(store: Store, encoder: str) -> str:

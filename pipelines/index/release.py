@@ -20,6 +20,7 @@ FORMAT = 1
 MANIFEST, CLAIM, POINTER, REPORT = "manifest.json", "build.json", "CURRENT", "report.md"
 CHART = "curve.svg"
 PUBLISHED = "published"
+ID_SPACES = "id_spaces"
 TRAINED = "trained.faiss"
 _VERSION = re.compile(r"v\d{4,}")
 
@@ -177,7 +178,8 @@ def index_homes(store: Store) -> list[tuple[str, str]]:
 
 def claim_version(store: Store, folder: str, attempt: str, plan: str = "") -> str:
     """The name of a version that no other builder gets: `v0001` or the next free. plan: digest of what it will be."""
-    taken = {name.split("/")[0] for name in store.names(folder)}
+    # A note that one was published outlives it: what was so named once never means another release.
+    taken = {step.removesuffix(".json") for name in store.names(folder) for step in name.split("/")[:2]}
     number = max((int(name[1:]) for name in taken if _VERSION.fullmatch(name)), default=0)
     while True:
         number += 1
@@ -186,6 +188,15 @@ def claim_version(store: Store, folder: str, attempt: str, plan: str = "") -> st
         # Not put, and yet ours: the acknowledgement of an earlier try was lost.
         if store.put_if_absent(path, claim) or store.read(path) == claim:
             return version
+
+
+def claim_id_space(store: Store, folder: str, least: int = 1) -> int:
+    """One that no release had or will have, `least` or higher, whatever has been deleted since."""
+    taken = [int(name.rpartition("/")[2]) for name in store.names(folder) if name.startswith(f"{ID_SPACES}/")]
+    claimed = max([least, *(number + 1 for number in taken)])
+    while not store.put_if_absent(f"{folder}/{ID_SPACES}/{claimed}", b""):
+        claimed += 1
+    return claimed
 
 
 class Claim(BaseModel):
