@@ -179,6 +179,11 @@ def build_and_settle(build: Build, id_space: int, fingerprint: str, progress: Pr
         # What is wrong with its parts will still be so; whatever else ended it, the next build goes on from here.
         build.attempt.clear()
         raise
+    try:
+        require_own_ids(build.store, release)
+    except IndexBuildError:
+        build.attempt.clear()
+        raise
     finish(build.store, release, publish=False)
     build.store.delete_folder(build.attempt.staging)
     return settle(build.store, release, build.settings, progress)
@@ -208,6 +213,21 @@ def _had_its_turn(store: Store, release: Release, progress: Progress) -> bool:
         progress(f"{current} is the current release: {release.version} was, and was rolled back")
         return True
     return current == release.version
+
+
+def require_own_ids(store: Store, release: Release) -> None:
+    """Raises: IndexBuildError where another build, that ran at the same time, gave these ids to other vectors."""
+    ours = release.parts.ranges
+    for version in finished(store, index_folder(release.encoder, release.modality)):
+        other = read_release(store, release.encoder, release.modality, version)
+        pairs = zip(ours, other.parts.ranges, strict=False)
+        if other.id_space == release.id_space and any(
+            (one.name, one.rows) != (two.name, two.rows) for one, two in pairs
+        ):
+            raise IndexBuildError(
+                f"{other.folder}, which was built at the same time, has other vectors under the ids of this one",
+                "Run the same command again: it goes on from there.",
+            )
 
 
 def id_space(store: Store, home: str, latest: Release | None, parts: Parts, progress: Progress) -> int:
