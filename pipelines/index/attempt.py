@@ -1,7 +1,7 @@
 """A build's version and what of it is done, so that a build that died is taken up and not begun again.
 
-Under `staging/index/<encoder>/<modality>/<version>/` lies a note of each step that is through: what was learnt, and
-each index shard once its files are in their place.
+Under `staging/index/<encoder>/<modality>/<version>/<attempt>/` lies a note of each step that is through: what was
+learnt, and each index shard once its files are in their place.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from pipelines.errors import HeldError
 from pipelines.index.arrays import put_arrays, read_arrays
 from pipelines.index.queries import Queries
 from pipelines.index.recall import Top
-from pipelines.index.release import Coding, IndexShard, KeptFile, claim_version, planned, unfinished
+from pipelines.index.release import Coding, IndexShard, KeptFile, claim_of, claim_version, unfinished
 from pipelines.lease import held
 from pipelines.storage import Store
 
@@ -47,11 +47,13 @@ class Filled:
 
 @dataclass(frozen=True)
 class Attempt:
-    """A version that this build alone is at. home: `index/<encoder>/<modality>`. taken_up: begun by one that died."""
+    """A version that this build alone is at. home: `index/<encoder>/<modality>`. id: no other's, so that no other's
+    notes are taken for its own. taken_up: begun by one that died."""
 
     store: Store
     home: str
     version: str
+    id: str
     taken_up: bool = False
 
     @property
@@ -60,7 +62,12 @@ class Attempt:
 
     @property
     def staging(self) -> str:
-        return f"staging/{self.folder}"
+        return f"staging/{self.folder}/{self.id}"
+
+    @property
+    def bytes(self) -> int:
+        """What lies there of it."""
+        return sum(size for _, size in self.store.sizes(self.folder))
 
     def note_of(self, shard: str) -> str:
         """Path of the note on an index shard, `shard-0000.faiss`."""
@@ -85,9 +92,9 @@ class Attempt:
         return {each.shard.file: each for each in found if self._is_whole(each.shard, sizes)}
 
     def clear(self) -> None:
-        """Takes back all of it."""
-        self.store.delete_folder(self.folder)
+        """Takes back all of it; the notes first, which stand for files that are there."""
         self.store.delete_folder(self.staging)
+        self.store.delete_folder(self.folder)
 
     @property
     def _learnt(self) -> str:
@@ -108,16 +115,19 @@ def attempted(store: Store, home: str, plan: str, say: Say) -> Iterator[Attempt]
     """
     with ExitStack() as stack:
         for version in reversed(unfinished(store, home)):
-            same = planned(store, home, version) == plan
+            begun = claim_of(store, home, version)
+            if begun is None or begun.plan != plan:
+                continue
             # Looked at again: its builder may have ended since, and not have died.
-            if same and _is_ours(stack, store, home, version, say) and version in unfinished(store, home):
+            if _is_ours(stack, store, home, version, say) and version in unfinished(store, home):
                 say(f"{home}/{version} was begun by a build that died: it goes on from there")
-                yield Attempt(store, home, version, taken_up=True)
+                yield Attempt(store, home, version, begun.attempt, taken_up=True)
                 return
-        version = claim_version(store, home, uuid.uuid4().hex, plan)
+        id = uuid.uuid4().hex
+        version = claim_version(store, home, id, plan)
         while not _is_ours(stack, store, home, version, say):
-            version = claim_version(store, home, uuid.uuid4().hex, plan)
-        yield Attempt(store, home, version)
+            version = claim_version(store, home, id, plan)
+        yield Attempt(store, home, version, id)
 
 
 def _is_ours(stack: ExitStack, store: Store, home: str, version: str, say: Say) -> bool:

@@ -41,7 +41,7 @@ from pipelines.index.measure import (
 )
 from pipelines.index.parts import BATCH_BYTES, Parts, Vectors, embeddings_folder, list_parts
 from pipelines.index.plan import Plan, make_plan
-from pipelines.index.publish import make_current, require_publishable
+from pipelines.index.publish import delete_superseded, make_current, require_publishable
 from pipelines.index.queries import Queries, caption_queries, split_sample
 from pipelines.index.recall import DEPTHS, Top, empty_top, merge, without
 from pipelines.index.release import (
@@ -55,19 +55,22 @@ from pipelines.index.release import (
     Recall,
     Release,
     Rerank,
+    claim_id_space,
     current_version,
     finish,
+    finished,
     index_folder,
     newest_or_none,
     number_of,
     open_shard,
     publication,
+    read_release,
     sha256_of,
     unfinished,
 )
 from pipelines.index.report import markdown
 from pipelines.index.rerank import StoredVectors, learn_coding
-from pipelines.index.room import require_room
+from pipelines.index.room import DiskFullError, require_room
 from pipelines.index.selection import standing
 from pipelines.index.train import train
 from pipelines.index.tune import apply, around, batch_query_ms, least, query_ms, tune
@@ -108,10 +111,10 @@ def build_index(
         return settle(store, latest, settings, progress)
     require_one_vector(parts, encoder, modality)
     plan = make_plan(parts, settings)
-    require_room(plan, store)
     with attempt_at(store, encoder, modality, digest_of(plan, settings, fingerprint), progress) as attempt:
+        require_room(plan, attempt)
         build = Build(attempt, encoder, modality, plan, settings)
-        return build_and_settle(build, id_space(latest, parts, progress), fingerprint, progress)
+        return build_and_settle(build, id_space(store, attempt.home, latest, parts, progress), fingerprint, progress)
 
 
 @contextmanager
@@ -170,8 +173,15 @@ def build_and_settle(build: Build, id_space: int, fingerprint: str, progress: Pr
             )
     try:
         release = build.release(id_space, fingerprint, progress)
+    except DiskFullError:
+        raise
     except (ConfigError, IndexBuildError):
         # What is wrong with its parts will still be so; whatever else ended it, the next build goes on from here.
+        build.attempt.clear()
+        raise
+    try:
+        require_own_ids(build.store, release)
+    except IndexBuildError:
         build.attempt.clear()
         raise
     finish(build.store, release, publish=False)
@@ -186,6 +196,9 @@ def settle(store: Store, release: Release, settings: IndexConfig, progress: Prog
         # Looked at again: that took a while, in which another build may have been published.
         if not _had_its_turn(store, release, progress):
             make_current(store, release, settings.keep, progress)
+    elif current_version(store, index_folder(release.encoder, release.modality)) == release.version:
+        # Whoever made it so may have died before this was through.
+        delete_superseded(store, release, settings.keep, progress)
     return release
 
 
@@ -202,15 +215,30 @@ def _had_its_turn(store: Store, release: Release, progress: Progress) -> bool:
     return current == release.version
 
 
-def id_space(latest: Release | None, parts: Parts, progress: Progress) -> int:
-    """The latest's while its ids stay valid, else the next."""
+def require_own_ids(store: Store, release: Release) -> None:
+    """Raises: IndexBuildError where another build, that ran at the same time, gave these ids to other vectors."""
+    ours = release.parts.ranges
+    for version in finished(store, index_folder(release.encoder, release.modality)):
+        other = read_release(store, release.encoder, release.modality, version)
+        pairs = zip(ours, other.parts.ranges, strict=False)
+        if other.id_space == release.id_space and any(
+            (one.name, one.rows) != (two.name, two.rows) for one, two in pairs
+        ):
+            raise IndexBuildError(
+                f"{other.folder}, which was built at the same time, has other vectors under the ids of this one",
+                "Run the same command again: it goes on from there.",
+            )
+
+
+def id_space(store: Store, home: str, latest: Release | None, parts: Parts, progress: Progress) -> int:
+    """The latest's while its ids stay valid, else one that there never was."""
     if latest is None:
-        return 1
+        return claim_id_space(store, home)
     known = latest.parts.ranges
     if parts.ranges[: len(known)] == known:
         return latest.id_space
     progress("Parts of the latest release are gone or replaced: ids start anew")
-    return latest.id_space + 1
+    return claim_id_space(store, home, latest.id_space + 1)
 
 
 def recorded_fingerprint(store: Store, encoder: str) -> str:
@@ -359,7 +387,12 @@ class Build:
             task.remote(self.store, self.attempt.note_of(name), parts, trained, f"{self.folder}/{name}", *rest)
             for name, parts in runs.items()
         ]
-        yield from map(get, refs)
+        try:
+            yield from map(get, refs)
+        except Exception:
+            # None may go on to write what is then taken back.
+            stop(refs)
+            raise
 
     def kept(self, asked: Asked) -> Asked:
         """What the next update is measured with."""
@@ -527,6 +560,13 @@ def bytes_per_vector(shards: list[IndexShard]) -> dict[str, float]:
     sides = [shard.side.bytes for shard in shards if shard.side]
     sizes = {"index": sum(shard.bytes for shard in shards), **({"rerank": sum(sides)} if sides else {})}
     return {name: round(size / rows, 3) for name, size in sizes.items()}
+
+
+def stop(refs: list[Any]) -> None:
+    """Cancels tasks, and returns once none of them runs."""
+    for ref in refs:
+        ray.cancel(ref)
+    ray.wait(refs, num_returns=len(refs))
 
 
 def get(ref: Any) -> Any:

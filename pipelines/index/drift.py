@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import faiss
+import numpy as np
 from pydantic import BaseModel, ConfigDict
 
 from pipelines.index.among import transformed
@@ -32,11 +33,12 @@ class Drift(BaseModel):
 
 
 def drift(index: Any, old: Vectors, new: Vectors) -> Drift | None:
-    """Of float32 [n, dim] samples, none of which was trained on; None for an index that learns nothing of them.
+    """Of float32 [n, dim] samples, none of which was trained on; None for an index that learns nothing of them, or
+    that cannot encode them without adding them.
 
     index: the trained one, empty or not.
     """
-    codec = _codec(index)
+    codec, old, new = _codec(index, old, new)
     ivf = faiss.try_extract_index_ivf(codec)
     whole = isinstance(codec, faiss.IndexFlat)
     if whole or not (len(old) and len(new)):
@@ -45,16 +47,24 @@ def drift(index: Any, old: Vectors, new: Vectors) -> Drift | None:
     if by_list:
         old, new = transformed(codec, old), transformed(codec, new)
     spread = max(float(((old - old.mean(axis=0)) ** 2).sum(axis=1).mean()), _NOTHING)
-    errors = [(_to_centroid(ivf, each) if by_list else _of_code(codec, each)) / spread for each in (old, new)]
-    return Drift(of="centroid" if by_list else "code", old=errors[0], new=errors[1])
+    try:
+        errors = [(_to_centroid(ivf, each) if by_list else _of_code(codec, each)) / spread for each in (old, new)]
+    except RuntimeError:
+        return None
+    found = Drift(of="centroid" if by_list else "code", old=errors[0], new=errors[1])
+    return found if np.isfinite(errors).all() else None
 
 
-def _codec(index: Any) -> Any:
-    """What encodes, out of what gives ids, and out of a graph."""
+def _codec(index: Any, old: Vectors, new: Vectors) -> tuple[Any, Vectors, Vectors]:
+    """What encodes, out of what gives ids, and out of a graph; and the samples as it gets them."""
     index = faiss.downcast_index(index)
     if isinstance(index, (faiss.IndexIDMap, faiss.IndexIDMap2)):
-        return _codec(index.index)
-    return _codec(index.storage) if isinstance(index, faiss.IndexHNSW) else index
+        return _codec(index.index, old, new)
+    if isinstance(index, faiss.IndexHNSW):
+        return _codec(index.storage, old, new)
+    if isinstance(index, faiss.IndexPreTransform) and isinstance(faiss.downcast_index(index.index), faiss.IndexHNSW):
+        return _codec(index.index, transformed(index, old), transformed(index, new))
+    return index, old, new
 
 
 def _of_code(codec: Any, sample: Vectors) -> float:

@@ -68,9 +68,9 @@ def update_index(
         return settle(store, base, settings, progress)
     asked = require_base(store, base, parts)
     plan = plan_update(base, parts, settings)
-    require_room(plan, store)
     digest = digest_of(plan, settings, fingerprint, base.version)
     with attempt_at(store, encoder, modality, digest, progress) as attempt:
+        require_room(plan, attempt)
         return build_and_settle(Update(attempt, base, asked, plan, settings), base.id_space, fingerprint, progress)
 
 

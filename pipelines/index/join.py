@@ -53,9 +53,10 @@ def join(store: Store, release: Release, say: Say = lambda line: None) -> None:
 
 
 def _joined(files: list[Path], store: Store, release: Release, whole: int, scratch: Path) -> Any:
-    first = faiss.read_index(str(files[0]), faiss.IO_FLAG_MMAP)
     if len(files) == 1:
-        return first
+        # Not mapped: inverted lists that are would be written as a name of the file that they lie in.
+        return faiss.read_index(str(files[0]))
+    first = faiss.read_index(str(files[0]), faiss.IO_FLAG_MMAP)
     ivf = faiss.try_extract_index_ivf(first)
     if ivf is not None and release.trained:
         if isinstance(faiss.downcast_index(ivf), (faiss.IndexIVFFastScan, faiss.IndexIVFPQR)):

@@ -76,6 +76,11 @@ def make_current(store: Store, release: Release, keep: int, say: Say = lambda li
     """The second half of `publish`, for a release that nothing bars."""
     point_at(store, index_folder(release.encoder, release.modality), release.version)
     say(f"{release.folder} is the current release")
+    delete_superseded(store, release, keep, say)
+
+
+def delete_superseded(store: Store, release: Release, keep: int, say: Say = lambda line: None) -> None:
+    """What has no place beside this release, which is the current one."""
     for version in too_old(store, index_folder(release.encoder, release.modality), keep):
         say(f"deleting {version}, which is older than the {keep} that are kept (index.keep)")
         delete_release(store, index_folder(release.encoder, release.modality), version)

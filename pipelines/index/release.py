@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import json
 import re
 from contextlib import suppress
 from pathlib import Path
@@ -21,6 +20,7 @@ FORMAT = 1
 MANIFEST, CLAIM, POINTER, REPORT = "manifest.json", "build.json", "CURRENT", "report.md"
 CHART = "curve.svg"
 PUBLISHED = "published"
+ID_SPACES = "id_spaces"
 TRAINED = "trained.faiss"
 _VERSION = re.compile(r"v\d{4,}")
 
@@ -178,34 +178,46 @@ def index_homes(store: Store) -> list[tuple[str, str]]:
 
 def claim_version(store: Store, folder: str, attempt: str, plan: str = "") -> str:
     """The name of a version that no other builder gets: `v0001` or the next free. plan: digest of what it will be."""
-    taken = {name.split("/")[0] for name in store.names(folder)}
+    # A note that one was published outlives it: what was so named once never means another release.
+    taken = {step.removesuffix(".json") for name in store.names(folder) for step in name.split("/")[:2]}
     number = max((int(name[1:]) for name in taken if _VERSION.fullmatch(name)), default=0)
     while True:
         number += 1
         version = f"v{number:04d}"
-        path, claim = f"{folder}/{version}/{CLAIM}", json.dumps({"attempt": attempt, "plan": plan}).encode()
+        path, claim = f"{folder}/{version}/{CLAIM}", Claim(attempt=attempt, plan=plan).model_dump_json().encode()
         # Not put, and yet ours: the acknowledgement of an earlier try was lost.
         if store.put_if_absent(path, claim) or store.read(path) == claim:
             return version
 
 
-def planned(store: Store, folder: str, version: str) -> str | None:
-    """The digest that a version was claimed with; None where it is gone."""
+def claim_id_space(store: Store, folder: str, least: int = 1) -> int:
+    """One that no release had or will have, `least` or higher, whatever has been deleted since."""
+    taken = [int(name.rpartition("/")[2]) for name in store.names(folder) if name.startswith(f"{ID_SPACES}/")]
+    claimed = max([least, *(number + 1 for number in taken)])
+    while not store.put_if_absent(f"{folder}/{ID_SPACES}/{claimed}", b""):
+        claimed += 1
+    return claimed
+
+
+class Claim(BaseModel):
+    """Who began a version. attempt: no other's. plan: digest of what it will be."""
+
+    attempt: str = ""
+    plan: str = ""
+
+
+def claim_of(store: Store, folder: str, version: str) -> Claim | None:
+    """What a version was claimed with; None where that is gone."""
     with suppress(FileNotFoundError):
-        return str(json.loads(store.read(f"{folder}/{version}/{CLAIM}", is_whole_json)).get("plan"))
+        return Claim.model_validate_json(store.read(f"{folder}/{version}/{CLAIM}", is_whole_json))
     return None
 
 
 def unfinished(store: Store, folder: str) -> list[str]:
-    """Versions that were begun and have no manifest: being built now, or left by a build that died."""
+    """Versions of which there is anything but a manifest: being built now, or left by a build or deletion that died."""
     names = set(store.names(folder))
-    return sorted(
-        name.split("/")[0] for name in names if name.endswith(f"/{CLAIM}") and _manifest_of(name) not in names
-    )
-
-
-def _manifest_of(claim: str) -> str:
-    return claim.removesuffix(CLAIM) + MANIFEST
+    begun = {name.split("/")[0] for name in names if "/" in name and _VERSION.fullmatch(name.split("/")[0])}
+    return sorted((version for version in begun if f"{version}/{MANIFEST}" not in names), key=number_of)
 
 
 def finish(store: Store, release: Release, publish: bool = True) -> None:

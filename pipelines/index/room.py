@@ -10,11 +10,25 @@ from typing import Any
 import ray
 
 from pipelines.errors import IndexBuildError
+from pipelines.index.attempt import Attempt
 from pipelines.index.plan import Plan
-from pipelines.storage import Store
 
 
-def require_room(plan: Plan, store: Store) -> None:
+class DiskFullError(IndexBuildError):
+    """A disk without room for what a build writes: once there is, the same build goes on from where it was."""
+
+
+def require_room(plan: Plan, attempt: Attempt) -> None:
+    """A version that was only just claimed is given back where there is none. Raises: as `_require_room`."""
+    try:
+        _require_room(plan, attempt)
+    except IndexBuildError:
+        if not attempt.taken_up:
+            attempt.clear()
+        raise
+
+
+def _require_room(plan: Plan, attempt: Attempt) -> None:
     """Raises: IndexBuildError where no node of the cluster has the memory for a task, which would wait for ever, or
     this machine's disks have no place for what a local output gets, or for what tasks write first."""
     nodes: list[dict[str, Any]] = ray.nodes()  # type: ignore[no-untyped-call]
@@ -24,14 +38,15 @@ def require_room(plan: Plan, store: Store) -> None:
             f"Filling an index shard needs {plan.task_bytes:,} bytes; the cluster's largest node gives {room:,.0f}",
             "Raise index.shards, choose a smaller index.index_key, or add memory.",
         )
-    require_disks(plan, store.local_path(""), len(nodes))
+    require_disks(plan, attempt.store.local_path(""), len(nodes), attempt.bytes)
 
 
-def require_disks(plan: Plan, output: Path | None, nodes: int = 1) -> None:
-    """output: the folder of a local one. nodes: of several, each checks its own scratch space in its tasks."""
+def require_disks(plan: Plan, output: Path | None, nodes: int = 1, there: int = 0) -> None:
+    """output: the folder of a local one. nodes: of several, each checks its own scratch space in its tasks. there:
+    bytes of the output that are in their place already."""
     needed: dict[Path, int] = {}
     if output is not None:
-        needed[_standing(output)] = plan.output_bytes
+        needed[_standing(output)] = max(0, plan.output_bytes - there)
     if nodes == 1:
         scratch = Path(tempfile.gettempdir())
         needed[scratch] = needed.get(scratch, 0) + plan.scratch_bytes
@@ -46,10 +61,10 @@ def _standing(folder: Path) -> Path:
 
 
 def require_free_disk(folder: Path, needed: int) -> None:
-    """Raises: IndexBuildError where a disk has fewer free bytes."""
+    """Raises: DiskFullError where a disk has fewer free bytes."""
     free = shutil.disk_usage(folder).free
     if needed > free:
-        raise IndexBuildError(
+        raise DiskFullError(
             f"The index needs about {needed:,} bytes on the disk of {folder}; {free:,} are free",
             "Free some, choose a smaller index.index_key, set index.rerank to int8 or none, or raise index.shards.",
         )

@@ -60,7 +60,7 @@ def test_a_killed_build_goes_on_at_the_missing_index_shards(ray_local: str, tmp_
     process.start()
     process.join()
     assert process.exitcode == -signal.SIGKILL and unfinished(store, HOME) == ["v0001"]
-    noted = {path.stem for path in (tmp_path / "staging" / HOME / "v0001").glob("shard-*.npz")}
+    noted = {path.stem for path in (tmp_path / "staging" / HOME / "v0001").glob("*/shard-*.npz")}
     before = written(tmp_path / HOME / "v0001")
     said: list[str] = []
     release = build_index(store, ENCODER, "image", SETTINGS, said.append)

@@ -51,5 +51,21 @@ def test_what_keeps_vectors_whole_does_not_drift(key: str) -> None:
     assert warning(None, 1.5) is None
 
 
+def test_a_graph_behind_a_transform_drifts_by_its_codes() -> None:
+    index = empty_index("PCA8,HNSW8,SQ4", DIM, "l2")
+    index.train(around(centres(0), 0, 4_000))
+    found = drift(index, around(centres(0), 1), around(3 * centres(1), 2))
+    assert found and found.of == "code" and found.ratio > 2
+
+
+@pytest.mark.filterwarnings("ignore::RuntimeWarning")
+def test_of_what_cannot_be_measured_no_figure_is_made_up() -> None:
+    sample = around(centres(0), 0, 1_000)
+    graph, code = faiss.index_factory(DIM, "NSG8,SQ8"), faiss.index_factory(DIM, "SQ4")
+    code.train(sample)
+    assert drift(graph, sample[:100], sample[100:200]) is None, "FAISS encodes nothing with it"
+    assert drift(code, sample[:100], np.full((10, DIM), 1e30, np.float32)) is None, "no finite number"
+
+
 def test_old_vectors_without_an_error_divide_nothing_by_zero() -> None:
     assert Drift(of="code", old=0, new=0).ratio == 0 and Drift(of="code", old=0, new=0.1).ratio > 1e6

@@ -10,6 +10,7 @@ import pytest
 from pipelines.errors import IndexBuildError
 from pipelines.index.join import LISTS, MERGED, join
 from pipelines.index.parts import Parts
+from pipelines.index.probe import Opening, probe
 from pipelines.index.recall import Top, merge
 from pipelines.index.release import TRAINED, KeptFile, Release
 from pipelines.storage import Store
@@ -104,6 +105,19 @@ def test_graphs_are_refused_but_for_one_alone(tmp_path: Path) -> None:
     one = made.model_copy(update={"shards": made.shards[:1], "parts": first_run(made)})
     join(built.store, one)
     assert opened(built.store, one, tmp_path / "away").ntotal == made.shards[0].rows
+
+
+@pytest.mark.parametrize(("key", "metric"), [*KEYS[:2], ("IVF16,Flat", "ip")])
+def test_one_index_shard_alone_is_a_whole_file(tmp_path: Path, key: str, metric: str) -> None:
+    built = Built(tmp_path, key, metric)
+    made = release_of(built, tmp_path, "nprobe=16")
+    one = made.model_copy(update={"shards": made.shards[:1], "parts": first_run(made)})
+    join(built.store, one)
+    (tmp_path / one.folder / one.shards[0].file).unlink()
+    index = opened(built.store, one, tmp_path / "away")
+    opening = Opening(built.store, "index", key, "nprobe=16")
+    scores, _ = index.search(built.queries, 20)
+    np.testing.assert_allclose(scores, probe(opening, one.shards[0], built.queries, 20).scores, rtol=1e-5, atol=1e-6)
 
 
 def first_run(made: Release) -> Parts:

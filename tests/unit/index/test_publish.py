@@ -9,7 +9,7 @@ import pytest
 from pipelines.collect import leftovers
 from pipelines.config import IndexConfig
 from pipelines.errors import IndexBuildError
-from pipelines.index.build import settle
+from pipelines.index.build import require_own_ids, settle
 from pipelines.index.publish import (
     NotPublishedError,
     delete_release,
@@ -19,7 +19,7 @@ from pipelines.index.publish import (
     require_files,
     rollback,
 )
-from pipelines.index.release import Recall, Release, current_version, finish, newest_or_none, read_release
+from pipelines.index.release import Recall, Release, current_version, finish, newest_or_none, point_at, read_release
 from pipelines.ledger import Commit
 from pipelines.record import RunRecord, read_record, write_record
 from pipelines.search import Searcher
@@ -167,12 +167,33 @@ def test_a_deletion_that_dies_leaves_no_release_and_collect_clears_it(store: Sto
 
     class Dying(Store):
         def delete_folder(self, path: str) -> None:
+            self.delete([f"{path}/build.json"])
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
         delete_release(Dying(store.root), HOME, "v0002")
     assert states(store) == {"v0001": "current", "v0002": "unfinished"}
     assert {leftover.path.split("/")[3] for leftover in leftovers(store) if leftover.kind == "index"} == {"v0002"}
+
+
+def test_old_releases_go_though_the_one_who_published_died(store: Store) -> None:
+    for version in ("v0002", "v0003"):
+        publish(store, another(store, version), 0.9, 9)
+    last = another(store, "v0004")
+    point_at(store, HOME, "v0004")
+    settle(store, last, IndexConfig(keep=1), print)
+    assert states(store) == {"v0003": "previous", "v0004": "current"}
+
+
+def test_ids_that_another_build_gave_meanwhile_are_not_given_again(store: Store) -> None:
+    first = read_release(store, ENCODER, "image", "v0001")
+    ranges = first.parts.ranges
+    last = ranges[-1].model_copy(update={"name": "part-other.0.0.parquet"})
+    other = first.model_copy(update={"parts": first.parts.model_copy(update={"ranges": (*ranges[:-1], last)})})
+    require_own_ids(store, first.model_copy(update={"parts": first.parts.run(0, 2)}))
+    require_own_ids(store, other.model_copy(update={"id_space": first.id_space + 1}))
+    with pytest.raises(IndexBuildError, match=r"v0001, which was built at the same time.*\n.*again"):
+        require_own_ids(store, other)
 
 
 def test_a_search_goes_on_while_the_pointer_moves(store: Store) -> None:

@@ -7,6 +7,7 @@ from pipelines.errors import IndexBuildError
 from pipelines.index.release import (
     Recall,
     Release,
+    claim_id_space,
     claim_version,
     current_version,
     finish,
@@ -53,7 +54,19 @@ def test_versions_go_on_past_unfinished_ones_and_9999(tmp_path: Path) -> None:
     store = Store(str(tmp_path))
     store.put_atomic(f"{HOME}/v9999/shard-0000.faiss", b"")
     assert claim_version(store, HOME, "a") == "v10000"
-    assert unfinished(store, HOME) == ["v10000"]
+    assert unfinished(store, HOME) == ["v9999", "v10000"]
+
+
+def test_numbers_of_releases_and_id_spaces_never_come_again(tmp_path: Path) -> None:
+    store = Store(str(tmp_path))
+    finish(store, release("v0001"))
+    assert claim_id_space(store, HOME) == 1
+    finish(store, release("v0002"))
+    for version in ("v0001", "v0002"):
+        store.delete_folder(f"{HOME}/{version}")
+    store.delete([f"{HOME}/CURRENT"])
+    assert claim_version(store, HOME, "a") == "v0003" and claim_id_space(store, HOME) == 2
+    assert claim_id_space(store, HOME, 7) == 7
 
 
 class LostAnswer(Store):
