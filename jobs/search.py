@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from pipelines.search import Hit
 
 GZIPPED = (".gz", ".tgz")
+DEFAULT_CACHE = "~/.cache/vecmill"
 
 Text = Annotated[str | None, typer.Option(help="Words to look for.")]
 ImageFlag = Annotated[str | None, typer.Option("--image", help="Image file (path or URI) to look for.")]
@@ -106,7 +107,7 @@ def search(
     text_weight: Weight = 0.5,
     not_weight: NotWeight = 0.5,
     release: Version = None,
-    cache: CacheFlag = "~/.cache/vecmill",
+    cache: CacheFlag = DEFAULT_CACHE,
     cache_size: CacheSize = "20G",
     as_json: AsJson = False,
 ) -> None:
@@ -161,7 +162,13 @@ def cache_of(folder: str, size: str) -> Cache | None:
     from pipelines.index.cache import Cache
     from pipelines.index.choose import parse_bytes
 
-    return None if folder == "none" else Cache(Path(folder).expanduser(), parse_bytes(size, "--cache-size"))
+    most, optional = parse_bytes(size, "--cache-size"), folder == DEFAULT_CACHE
+    try:
+        return None if folder == "none" else Cache(Path(folder).expanduser(), most, optional)
+    except RuntimeError as error:
+        if optional:
+            return None
+        raise ConfigError(f"--cache {folder}: {error}", "Name a folder by its whole path.") from None
 
 
 def page_offset(offset: int, page: int | None, k: int) -> int:

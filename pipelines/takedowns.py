@@ -141,15 +141,16 @@ class OfShard:
 
 @dataclass(frozen=True, eq=False)
 class Takedowns:
-    """All tombstones of an output, 41 bytes each in memory, in order of their keys' marks.
+    """All tombstones of an output, 49 bytes each in memory, in order of their keys' marks.
 
-    places, objects: uint64, of shard and version, and of the shard's object. rows: int64. keys, contents: uint64,
-    marks. lasting, waiting: bool; the key lasts, and no compaction has dropped the sample yet.
+    places, objects, versions: uint64, of shard and version, of the shard's object, and of the version. rows: int64.
+    keys, contents: uint64, marks. lasting, waiting: bool; the key lasts, and no compaction has dropped the sample yet.
     """
 
     marks: Marks
     places: NDArray[np.uint64]
     objects: NDArray[np.uint64]
+    versions: NDArray[np.uint64]
     rows: NDArray[np.int64]
     keys: NDArray[np.uint64]
     contents: NDArray[np.uint64]
@@ -168,7 +169,8 @@ class Takedowns:
 
     def of_shard(self, shard: str, version: str) -> OfShard:
         here = self.places == _place(f"{shard}.{version}")
-        before = (self.objects == _place(object_of(shard))) & ~here
+        # A sibling of the same version is no older: what was taken down from it lies there still.
+        before = (self.objects == _place(object_of(shard))) & (self.versions != _place(version))
         keys, contents = self.keys[before & self.lasting], self.contents[before & (self.contents != 0)]
         return OfShard(
             frozenset(self.rows[here].tolist()), frozenset(keys.tolist()), frozenset(contents.tolist()), self
@@ -234,6 +236,7 @@ def _loaded(store: Store, known: tuple[tuple[str, bool], ...]) -> Takedowns:
         marks=Marks(_salt(store) if known else b""),
         places=_places(f"{shard}.{version}" for shard, version in zip(shards, versions, strict=True))[order],
         objects=_places(map(object_of, shards))[order],
+        versions=_places(versions)[order],
         rows=table["row"].to_numpy()[order],
         keys=keys[order],
         contents=_numbers(table["content"])[order],

@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import hashlib
 import os
+import re
+import time
 import uuid
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,6 +20,13 @@ from pipelines.index.release import IndexShard, SideFile, open_shard
 from pipelines.storage import COPY_BYTES, Store
 
 ATTEMPTS = 3
+ABANDONED_AFTER_S = 24 * 3600.0
+_COPY = re.compile(r"[0-9a-f]{64}")
+_TEMPORARY = re.compile(r"\.[0-9a-f]{64}\.[0-9a-f]{12}\.tmp")
+
+
+class UnwritableError(StorageError):
+    """A cache whose folder cannot be made or written."""
 
 
 @dataclass(frozen=True)
@@ -24,23 +34,30 @@ class Cache:
     """A folder of copies, of at most `max_bytes` together; those that were asked for longest ago go first.
 
     Any number of processes may share one: a copy is checked against its sha256 as it comes, and has its name only
-    when it is whole. Whoever has a copy open keeps it, whatever becomes of its name here or of the release.
+    when it is whole. Whoever has a copy open keeps it, whatever becomes of its name here or of the release. Files of
+    any other name are not the cache's: they are neither counted nor deleted. optional: where the folder cannot be
+    written, files are read where they are.
     """
 
     folder: Path
     max_bytes: int
+    optional: bool = False
 
     def copy_of(self, store: Store, path: str, file: IndexShard | SideFile) -> Path | None:
-        """Where a file of a release is on this machine; None where it is larger than the whole cache.
+        """Where a file of a release is on this machine; None where it cannot be, or is larger than the whole cache.
 
-        Raises: FileNotFoundError; IndexBuildError where it is not what its manifest says, StorageError where there is
-        no room.
+        Raises: FileNotFoundError; IndexBuildError where it is not what its manifest says, UnwritableError.
         """
         if file.bytes > self.max_bytes:
             return None
         copy = self.folder / file.sha256
         if not _is_there(copy, file.bytes):
-            self._fetch(store, path, file, copy)
+            try:
+                self._fetch(store, path, file, copy)
+            except UnwritableError:
+                if self.optional:
+                    return None
+                raise
             self._make_room(copy)
         with suppress(OSError):
             os.utime(copy)
@@ -51,25 +68,38 @@ class Cache:
         digest = hashlib.sha256()
         with store.open(path) as source:
             try:
-                self.folder.mkdir(parents=True, exist_ok=True)
-                with temporary.open("wb") as target:
+                with self._writing():
+                    self.folder.mkdir(parents=True, exist_ok=True)
+                    target = temporary.open("wb", buffering=0)
+                with target:
                     while data := source.read(COPY_BYTES):
                         digest.update(data)
-                        _write(target, data, self.folder)
+                        with self._writing():
+                            _write_all(target, data)
                 if digest.hexdigest() != file.sha256:
                     raise IndexBuildError(
                         f"{store.uri(path)} is not what its manifest says", "Index again with --force."
                     )
-                temporary.replace(copy)
-            except (PermissionError, NotADirectoryError, FileExistsError) as error:
-                raise _no_room(self.folder, error) from None
+                with self._writing():
+                    temporary.replace(copy)
             finally:
                 with suppress(OSError):
                     temporary.unlink()
 
+    @contextmanager
+    def _writing(self) -> Iterator[None]:
+        try:
+            yield
+        except OSError as error:
+            raise UnwritableError(
+                f"The cache {self.folder} cannot be written: {error}", "Name another with --cache, or --cache none."
+            ) from None
+
     def _make_room(self, newest: Path) -> None:
-        """Temporary files of others are left alone; those of the dead take up no room that is counted."""
-        used = sorted((stat.st_mtime_ns, stat.st_size, path) for path, stat in _stats(self.folder) if path != newest)
+        """Temporary files of others are left alone until nobody can be at work on them any more."""
+        _clear_abandoned(self.folder)
+        others = [each for each in _stats(self.folder, _COPY) if each[0] != newest]
+        used = sorted((stat.st_mtime_ns, stat.st_size, path) for path, stat in others)
         total = newest.stat().st_size + sum(size for _, size, _ in used)
         for _, size, path in used:
             if total <= self.max_bytes:
@@ -79,15 +109,10 @@ class Cache:
             total -= size
 
 
-def _write(target: Any, data: bytes, folder: Path) -> None:
-    try:
-        target.write(data)
-    except OSError as error:
-        raise _no_room(folder, error) from None
-
-
-def _no_room(folder: Path, error: OSError) -> StorageError:
-    return StorageError(f"The cache {folder} cannot be written: {error}", "Name another with --cache, or --cache none.")
+def _write_all(target: Any, data: bytes) -> None:
+    left = memoryview(data)
+    while left:
+        left = left[target.write(left) :]
 
 
 def _is_there(copy: Path, size: int) -> bool:
@@ -96,13 +121,20 @@ def _is_there(copy: Path, size: int) -> bool:
     return False
 
 
-def _stats(folder: Path) -> list[tuple[Path, os.stat_result]]:
+def _stats(folder: Path, name: re.Pattern[str]) -> list[tuple[Path, os.stat_result]]:
     found = []
     for path in folder.iterdir():
         with suppress(OSError):
-            if not path.name.startswith("."):
+            if name.fullmatch(path.name):
                 found.append((path, path.stat()))
     return found
+
+
+def _clear_abandoned(folder: Path) -> None:
+    for path, stat in _stats(folder, _TEMPORARY):
+        with suppress(OSError):
+            if time.time() - stat.st_mtime > ABANDONED_AFTER_S:
+                path.unlink()
 
 
 def on_disk(store: Store, path: str, file: IndexShard | SideFile, cache: Cache | None) -> Path | None:

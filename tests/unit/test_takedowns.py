@@ -202,6 +202,22 @@ def test_a_piece_of_an_object_that_is_cut_anew_is_of_the_same_object(
     assert gone(read_shard(taken_down, samples(changed=True), f"{SHARDS[0]}-p00001", "v3", monkeypatch)) == [1, 2, 3]
 
 
+def test_of_a_sibling_of_the_same_version_nobody_asked_for_anything(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """There a sample needs key and content of one that was taken down, as anywhere else."""
+    store, pieces = Store(str(tmp_path)), [f"{SHARDS[0]}-p{at:05d}" for at in range(2)]
+    placeholder = hashlib.sha256(b"placeholder").digest().hex()
+    rows = encoded_rows(range(ROWS), ROWS, pieces[0])
+    images = pa.array([placeholder] * ROWS + [None], pa.string())
+    rows = rows.set_column(rows.schema.get_field_index("sha256"), "sha256", images)
+    EmbeddingSink(store, FAMILIES, WriteConfig()).write([rows], None)
+    assert take_down(store, "00003").samples == 1
+    sibling = [Sample("x", b"placeholder", True), Sample("00003", b"y", True), Sample("00003", b"placeholder", True)]
+    assert gone(read_shard(store, sibling, pieces[1], "v1", monkeypatch)) == [2]
+    assert gone(read_shard(store, sibling, pieces[1], "v2", monkeypatch)) == [0, 1, 2]
+
+
 def test_a_key_that_is_but_a_number_does_not_last(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Row 3 of a Parquet file without keys goes; when a row is put before it, the row that was before it stays."""
     store = Store(str(tmp_path))

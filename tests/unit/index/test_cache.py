@@ -1,5 +1,6 @@
 """Files of a release that is elsewhere come once, are checked, and stay for whoever has them open."""
 
+import errno
 import os
 import shutil
 import uuid
@@ -10,8 +11,10 @@ import faiss
 import numpy as np
 import pytest
 
+from jobs.search import DEFAULT_CACHE, cache_of
 from pipelines.errors import IndexBuildError
-from pipelines.index.cache import Cache, opened_shard
+from pipelines.index import cache as cache_module
+from pipelines.index.cache import Cache, UnwritableError, opened_shard
 from pipelines.index.choose import empty_index
 from pipelines.index.release import IndexShard, sha256_of
 from pipelines.search import Searcher
@@ -120,7 +123,42 @@ def test_a_local_file_of_another_size_is_refused(tmp_path: Path) -> None:
         opened_shard(Store(str(tmp_path)), "", shard.model_copy(update={"file": "b"}), "Flat")
 
 
-def test_a_cache_that_cannot_be_written_is_told(away: Away, tmp_path: Path) -> None:
+def test_nothing_but_its_own_copies_is_ever_deleted(away: Away, tmp_path: Path) -> None:
+    """--cache may name a folder of the user's, with older and larger files in it than the cache may hold."""
+    made = away.made
+    shard = made.release.shards[0]
+    kept = ["thesis.doc", ".profile", "a" * 63, f".{'a' * 64}.tmp", f".{'b' * 64}.{'0' * 12}.tmp"]
+    dead = ["c" * 64, f".{'d' * 64}.{'0' * 12}.tmp"]
+    for name in [*kept, *dead]:
+        (tmp_path / name).write_bytes(b"x" * 10_000)
+        os.utime(tmp_path / name, (1, 1))
+    os.utime(tmp_path / kept[-1])
+    Cache(tmp_path, shard.bytes + 5).copy_of(away.store, f"{made.release.folder}/{shard.file}", shard)
+    assert {path.name for path in tmp_path.iterdir()} == {*kept, shard.sha256}
+
+
+@pytest.mark.parametrize("folder", ["file", "file/below", "/proc/vecmill"])
+def test_a_cache_that_cannot_be_written_is_told_or_done_without(away: Away, tmp_path: Path, folder: str) -> None:
     (tmp_path / "file").write_text("")
-    with pytest.raises(Exception, match="--cache none"):
-        away.searcher(Cache(tmp_path / "file", LARGE))
+    with pytest.raises(UnwritableError, match="--cache none"):
+        away.searcher(Cache(tmp_path / folder, LARGE))
+    here = Searcher(away.made.store).nearest(away.made.queries, 10)
+    without = away.searcher(Cache(tmp_path / folder, LARGE, optional=True)).nearest(away.made.queries, 10)
+    np.testing.assert_array_equal(without.ids, here.ids)
+
+
+def test_a_full_disk_is_told_and_leaves_nothing(away: Away, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    def full(*_: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(cache_module, "_write_all", full)
+    with pytest.raises(UnwritableError, match=r"No space left.*\n.*--cache none"):
+        away.searcher(Cache(tmp_path, LARGE))
+    assert list(tmp_path.iterdir()) == []
+    away.searcher(Cache(tmp_path, LARGE, optional=True))
+
+
+def test_only_the_default_cache_is_done_without() -> None:
+    default, named = cache_of(DEFAULT_CACHE, "1G"), cache_of("~/elsewhere", "1G")
+    assert default and default.optional and named and not named.optional
+    assert cache_of("none", "1G") is None
