@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import getpass
 import json
+import os
+import re
 import socket
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -94,14 +96,28 @@ def asked_for(keys: Path | None, key: list[str] | None, images: Path | None, rea
     from pipelines.remove import Asked
 
     asked = Asked([*(key or []), *_lines(keys)], [line.lower() for line in _lines(images)])
-    if set(asked.keys) & {word.strip(".,;:()'\"") for word in reason.split()}:
+    if any(_names(reason, key) for key in asked.keys):
         raise ConfigError("The reason names a key, and would keep it for ever", "Say it otherwise.")
     return asked
 
 
+def _names(reason: str, key: str) -> bool:
+    """As a word or words: the key 3 is not named by 2013."""
+    return key in reason and re.search(rf"(?<!\w){re.escape(key)}(?!\w)", reason) is not None
+
+
+def requester() -> str:
+    """Of a user without an entry in passwd, as containers have them, the number."""
+    try:
+        name = getpass.getuser()
+    except (KeyError, OSError):
+        name = str(os.getuid())
+    return f"{name}@{socket.gethostname()}"
+
+
 def _lines(file: Path | None) -> list[str]:
     try:
-        lines = file.read_text(encoding="utf-8").split("\n") if file else []
+        lines = file.read_text(encoding="utf-8-sig").split("\n") if file else []
     except (OSError, UnicodeDecodeError) as error:
         raise InputError(f"{file} cannot be read: {error}", "Check the path.") from None
     return [line for line in dict.fromkeys(line.removesuffix("\r") for line in lines) if line]
@@ -111,7 +127,7 @@ def take_down(store: Store, asked: Asked, reason: str, dry_run: bool, told: dict
     """What was asked for and is in no sample."""
     from pipelines.remove import remove as take_down_all
 
-    removal = take_down_all(store, asked, f"{getpass.getuser()}@{socket.gethostname()}", reason, dry_run)
+    removal = take_down_all(store, asked, requester(), reason, dry_run)
     rows = [
         {"shard": found.ref.shard, "row": row, "key": key}
         for found in removal.found

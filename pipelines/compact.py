@@ -6,6 +6,7 @@ import uuid
 from collections import Counter
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -111,14 +112,25 @@ def _holding(store: Store, ref: CommitRef, known: Takedowns, waiting: bool | Non
         standing = read_commit(store, ref)
         rows = known.rows_of(ref.shard, ref.version, waiting)
         items = {part.dataset: _count(store, part, rows) for part in standing.parts}
-    except FileNotFoundError:
-        return None  # replaced by another run meanwhile
+    except FileNotFoundError as error:
+        if not store.exists(ref.path):
+            return None  # replaced by another run meanwhile
+        raise LedgerError(
+            f"{store.uri(ref.path)} names a part that is gone, so that nobody can tell what it held: {error}",
+            "Wait for an embed run that is at work; else move the commit away, and run the same `vecmill embed` again.",
+        ) from None
     return Holding(standing, rows, items) if any(items.values()) else None
 
 
 def _count(store: Store, part: Part, rows: Ids) -> int:
-    """In a part that may not be in its place yet."""
-    path = part.final if store.exists(part.final) else part.staged
+    """In a part that may not be in its place yet, or come there just now. Raises: FileNotFoundError."""
+    for path in (part.final, part.staged):
+        with suppress(FileNotFoundError):
+            return _count_in(store, path, rows)
+    return _count_in(store, part.final, rows)
+
+
+def _count_in(store: Store, path: str, rows: Ids) -> int:
     with store.open(path) as stream:
         column = pq.read_table(stream, columns=["row"], use_threads=False, pre_buffer=False)["row"]
     return int(np.isin(column.to_numpy(), rows).sum())

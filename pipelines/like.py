@@ -10,7 +10,17 @@ import pyarrow.parquet as pq
 
 from pipelines.contracts import Modality
 from pipelines.errors import ConfigError, InputError
-from pipelines.index.parts import PartRange, Parts, Vectors, embeddings_folder, list_parts, open_part, take, vectors
+from pipelines.index.parts import (
+    PartRange,
+    Parts,
+    ReplacedError,
+    Vectors,
+    embeddings_folder,
+    list_parts,
+    open_part,
+    take,
+    vectors,
+)
 from pipelines.index.removed import not_removed
 from pipelines.index.selection import Selection, end_of
 from pipelines.index.trace import trace_parts
@@ -81,9 +91,12 @@ def _places(
 def _in_part(
     searcher: Searcher, parts: Parts, part: PartRange, keys: set[str], among: Selection | None
 ) -> dict[str, int]:
-    """Position by key, of each the first that may be found."""
-    with open_part(searcher.store, parts.path(part)) as stream:
-        listed = pq.read_table(stream, columns=["key"], use_threads=False, pre_buffer=False)["key"].to_pylist()
+    """Position by key, of each the first that may be found; nothing of a part that was replaced since."""
+    try:
+        with open_part(searcher.store, parts.path(part)) as stream:
+            listed = pq.read_table(stream, columns=["key"], use_threads=False, pre_buffer=False)["key"].to_pylist()
+    except ReplacedError:
+        return {}
     allowed = among.mask(part.offset, part.offset + part.rows) if among else np.ones(part.rows, bool)
     places: dict[str, int] = {}
     for position, key in enumerate(listed):

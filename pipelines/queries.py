@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from math import inf
 from os import cpu_count
-from typing import Any
+from typing import Annotated, Any
 
 import numpy as np
 import pyarrow as pa
-from pydantic import ConfigDict
+from pydantic import ConfigDict, Field
 
 from pipelines.config import DecodeConfig, EncodeConfig
 from pipelines.contracts import MODALITIES, SAMPLE, Modality, VectorSpec
@@ -68,8 +69,8 @@ class Query:
     not_text: str | None = None
     like: str | None = None
     like_id: int | None = None
-    text_weight: float | None = None
-    not_weight: float | None = None
+    text_weight: Annotated[float | None, Field(ge=0, le=1, allow_inf_nan=False)] = None
+    not_weight: Annotated[float | None, Field(ge=0, allow_inf_nan=False)] = None
 
     @property
     def needs_encoder(self) -> bool:
@@ -114,10 +115,16 @@ class _Weights:
 
     @classmethod
     def of(cls, query: Query, text: float, away: float) -> _Weights:
-        return cls(
+        found = cls(
             text if query.text_weight is None else query.text_weight,
             away if query.not_weight is None else query.not_weight,
         )
+        if not (0 <= found.text <= 1 and 0 <= found.away < inf):
+            raise ConfigError(
+                f"A query weighs its text {found.text:g} and what it looks away from {found.away:g}",
+                "Give a text weight from 0 to 1, and a finite --not-weight of 0 or more.",
+            )
+        return found
 
 
 def _combined(
@@ -134,9 +141,10 @@ def _combined(
     total = sum((share * _unit(text) for text in texts), np.float32(0))
     total = total + sum(((1 - share if texts else 1.0) * _unit(other) for other in others), np.float32(0))
     total = total - (weights.away * _unit(away) if away is not None else 0)
-    if np.linalg.norm(total) < _NOTHING:
+    if not _NOTHING <= np.linalg.norm(total) < inf:
         raise InputError(
-            f"What the query {query.text or query.like or query.image!r} looks for and away from cancel out"
+            f"What the query {query.text or query.like or query.image!r} looks for and away from cancel out",
+            "Weigh them otherwise.",
         )
     return _unit(np.asarray(total, np.float32))
 
@@ -250,4 +258,4 @@ def _of(row: dict[str, Any], modality: Modality, vectors: VectorSpec) -> Vectors
 
 
 def _unit(vector: Vectors) -> Vectors:
-    return (vector / np.linalg.norm(vector)).astype(np.float32)
+    return (vector / max(float(np.linalg.norm(vector)), _NOTHING)).astype(np.float32)

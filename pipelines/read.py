@@ -73,8 +73,10 @@ def read_shard(
     size, rows = 0, 0
     for row, sample in numbered:
         is_removed = removed is not None and _catches(removed, row, sample)
-        block.append(_removed(work, row, sample) if is_removed else _record(work, row, sample))
-        size += _bytes_of(block[-1])
+        record = _record(work, row, sample)
+        # Of the whole record either way: a takedown between two attempts may not shift the cuts.
+        size += _bytes_of(record)
+        block.append(_removed(work, row, sample) if is_removed else record)
         rows = row + 1
         if len(block) >= settings.rows_per_block or size >= settings.block_mib * 2**20:
             yield pa.Table.from_pylist(block, SAMPLE)

@@ -86,12 +86,14 @@ def _without_removed(found: Found, known: Takedowns) -> Found:
 
 
 def _not_found(asked: Asked, found: list[Found], known: Takedowns) -> tuple[list[str], int]:
-    """What nobody knows of, and how many keys are known by their marks alone: of samples that a compaction dropped."""
+    """What nobody knows of, and how many are known by their marks alone: of samples that a compaction dropped."""
     keys = {key for each in found for key in each.rows["key"].to_pylist()}
     images = {digest for each in found for digest in each.rows["sha256"].to_pylist()}
     absent = [key for key in asked.keys if key not in keys]
     unknown = [key for key in absent if not known.has_key(key)]
-    return [*unknown, *(digest for digest in asked.sha256 if digest not in images)], len(absent) - len(unknown)
+    unseen = [digest for digest in asked.sha256 if digest not in images]
+    strange = [digest for digest in unseen if not known.has_image(digest)]
+    return [*unknown, *strange], len(absent) - len(unknown) + len(unseen) - len(strange)
 
 
 def _search(store: Store, refs: list[CommitRef], asked: Asked) -> Iterator[Found]:
@@ -138,13 +140,22 @@ def _place(store: Store, ref: CommitRef) -> None:
 
 def _with_lasting(rows: pa.Table) -> pa.Table:
     """Rows of a Parquet file that has no keys are called by their numbers, which shift when the file changes."""
-    first = rows.slice(0, 1).to_pylist()
+    first = _first_number(rows)
     numbered = False
-    if first and first[0]["row_group"] is not None and first[0]["key"].isdecimal():
-        counted = pc.add(rows["row"], int(first[0]["key"]) - first[0]["row"])
+    if first is not None:
+        counted = pc.add(rows["row"], first)
         numbered = pc.all(pc.equal(rows["key"], pc.cast(counted, pa.string()))).as_py()
     lasts = pa.array([not numbered] * rows.num_rows, pa.bool_())
     return rows.drop_columns(["row_group"]).append_column("key_lasts", lasts)
+
+
+def _first_number(rows: pa.Table) -> int | None:
+    """What the file's row 0 would be called, from the first of these; None where its key is no number of a row."""
+    for row in rows.slice(0, 1).to_pylist():
+        key = row["key"]
+        if row["row_group"] is not None and key.isdecimal() and len(key) <= 19 and int(key) < 2**63:
+            return int(key) - int(row["row"])
+    return None
 
 
 def _tombstones(found: Found, marks: Marks) -> pa.Table:

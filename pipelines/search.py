@@ -18,7 +18,7 @@ from pipelines.index.parts import Parts, Vectors, batches, embeddings_folder, li
 from pipelines.index.probe import Opening, ask_shard, probe
 from pipelines.index.recall import EXACT_METRICS, Top, exact, exact_of_several, merge, with_ties
 from pipelines.index.release import IndexShard, Release, latest_or_none, read_release
-from pipelines.index.removed import not_removed
+from pipelines.index.removed import denied
 from pipelines.index.rerank import candidates, rerank_in_blocks, stored_vectors
 from pipelines.index.selection import Selection, both, standing
 from pipelines.index.trace import Origin, trace_standing
@@ -27,6 +27,7 @@ from pipelines.storage import Store
 from pipelines.takedowns import read_takedowns
 
 LOOK_EVERY_S = 5.0
+MOST_TO_FOLD = 10_000
 Warn = Callable[[str], None]
 Probe = Callable[[Vectors, int, Selection | None], Top]
 
@@ -80,7 +81,7 @@ class Searcher:
         self.parts = self.release.parts if self.release and (release or not exact) else self._parts_now()
         self.among = both(among(self.parts), standing(self.parts))
         self._takedowns = read_takedowns(store)
-        self._standing, self._looked = not_removed(store, self.parts, self._takedowns), time.monotonic()
+        self._denied, self._looked = denied(store, self.parts, self._takedowns), time.monotonic()
         searched = None if exact else self.release
         self.rerank = rerank_factor(searched, rerank)
         self._stored = stored_vectors(store, searched, cache) if searched and self.rerank else None
@@ -109,9 +110,10 @@ class Searcher:
         """
         queries = np.ascontiguousarray(queries, np.float32)
         self._require_shape(queries)
+        k = min(k, self.parts.rows)
         allowed = both(self.findable(), among)
         if not self._stored:
-            return with_ties(lambda count: self._found(queries, count, allowed), k * blocks)
+            return with_ties(lambda count: self._found(queries, count, allowed), min(k * blocks, self.parts.rows))
         size = candidates(k, self.rerank)
         wanted = min(size * blocks, self.parts.rows)
         found = with_ties(lambda count: self._found(queries, count, allowed), wanted)
@@ -141,10 +143,12 @@ class Searcher:
 
     def _not_removed(self) -> Selection | None:
         if time.monotonic() - self._looked > LOOK_EVERY_S:
-            known, self._looked = read_takedowns(self.store), time.monotonic()
+            known = read_takedowns(self.store)
             if known is not self._takedowns:
-                self._takedowns, self._standing = known, not_removed(self.store, self.parts, known)
-        return self._standing
+                self._denied = denied(self.store, self.parts, known)
+            # Last: what fails on the way is looked at again by the next search.
+            self._takedowns, self._looked = known, time.monotonic()
+        return self._denied.allowed
 
     def _batches(self, among: Selection | None) -> Iterator[tuple[int, Vectors]]:
         return batches(self.store, among.of(self.parts) if among else self.parts)
@@ -171,20 +175,33 @@ class Searcher:
         Hits in parts that were replaced since are left out; `warn` is told how many. offset: so many hits are passed
         over first, at the cost of finding them; pages of one k neither overlap nor leave anything out, as long as the
         release is the same. fold: k hits that repeat no better one, as `pipelines.fold` says, with those that do
-        under them; looks at twice as many hits until there are k, or no more.
+        under them; looks at twice as many hits until there are k, or no more, or at MOST_TO_FOLD of them.
         """
+        self._warn_of_denied(warn)
         if fold is None:
             return self._hits(self._until(queries, k, among, offset + k).between(offset, offset + k), warn)
         wanted = offset + k
+        most = max(wanted, MOST_TO_FOLD)
         while True:
             top, said = self._until(queries, k, among, wanted), list[str]()
             rows = [fold_hits(row, fold) for row in self._hits(top, said.append)]
             ended = top.ids.shape[1] < wanted or (top.ids[:, -1] < 0)
-            if np.all(ended | (np.array([len(row) for row in rows]) >= offset + k)):
+            enough = bool(np.all(ended | (np.array([len(row) for row in rows]) >= offset + k)))
+            if not enough and wanted == most:
+                said.append(f"Only the {most:,} nearest were looked at: all others of them repeat those shown.")
+            if enough or wanted == most:
                 for line in said:
                     warn(line)
                 return [row[offset : offset + k] for row in rows]
-            wanted *= 2
+            wanted = min(2 * wanted, most)
+
+    def _warn_of_denied(self, warn: Warn) -> None:
+        self._not_removed()
+        if self._denied.written_again:
+            warn(
+                f"{self._denied.written_again:,} vectors cannot be found: what was taken down is of the same shards, "
+                "which were written again since they were indexed. Run `vecmill index` again."
+            )
 
     def _until(self, queries: Vectors, k: int, among: Selection | None, wanted: int) -> Top:
         return self.nearest(queries, k, among, ceil(min(wanted, self.parts.rows) / k)).between(0, wanted)

@@ -167,6 +167,9 @@ class Takedowns:
     def has_key(self, key: str) -> bool:
         return len(self.contents_of(_number(self.marks.key(key)))) > 0
 
+    def has_image(self, sha256: str) -> bool:
+        return bool((self.contents == np.uint64(_number(self.marks.content(sha256, None)))).any())
+
     def of_shard(self, shard: str, version: str) -> OfShard:
         here = self.places == _place(f"{shard}.{version}")
         # A sibling of the same version is no older: what was taken down from it lies there still.

@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from pipelines.collect import leftovers, totals
 from pipelines.compact import holdings
 from pipelines.contracts import SAMPLES_FAMILY
+from pipelines.errors import LedgerError
 from pipelines.index.release import finished, index_folder, index_homes, read_release
 from pipelines.ledger import COMMITS, Commit, CommitRef, list_commits, read_commits, staged
 from pipelines.storage import COPY_BYTES, Store
@@ -29,11 +30,18 @@ def problems(store: Store, deep: bool = False) -> Iterator[str]:
             yield from _of_counts(commit)
             yield from _of_parts(store, commit, sizes, deep)
     yield from _of_releases(store, deep)
-    for holding in holdings(store, waiting=False):
-        yield f"{holding.told}: they are back after a compaction; run `vecmill remove` with --compact again"
+    yield from _back(store)
     for kind, (objects, _) in totals(leftovers(store)).items():
         if kind != "retired":
             yield f"{objects:,} {kind} objects that nothing names: of a run that is at work, or for `vecmill collect`"
+
+
+def _back(store: Store) -> Iterator[str]:
+    try:
+        for holding in holdings(store, waiting=False):
+            yield f"{holding.told}: they are back after a compaction; run `vecmill remove` with --compact again"
+    except LedgerError as error:
+        yield f"{error.what}; {error.fix}"
 
 
 def _of_releases(store: Store, deep: bool) -> Iterator[str]:

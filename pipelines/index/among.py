@@ -45,12 +45,23 @@ def ask_among(index: Any, queries: Vectors, k: int, among: Selection, first: int
 
 
 def _completed(top: Top, queries: Vectors, ask_all: Any) -> Top:
-    """With another answer for the queries that got fewer than they asked for."""
+    """With more for the queries that got fewer than they asked for, after what they got."""
     short = (top.ids < 0).any(axis=1)
-    if short.any():
-        rest = ask_all(queries[short])
-        top.ids[short], top.scores[short] = rest.ids, rest.scores
-    return top
+    if not short.any():
+        return top
+    late = np.zeros(top.ids.shape, bool)
+    top.ids[short], top.scores[short], late[short] = _appended(top, short, ask_all(queries[short]))
+    return Top(top.ids, top.scores, late)
+
+
+def _appended(top: Top, short: Any, rest: Top) -> tuple[Any, Any, Any]:
+    """Ids, scores and lateness of the short ones, and of what `rest` has beside them."""
+    k = top.ids.shape[1]
+    known = [np.isin(more, mine) for more, mine in zip(rest.ids, top.ids[short], strict=True)]
+    ids = np.concatenate([top.ids[short], np.where(known, -1, rest.ids)], axis=1)
+    scores = np.concatenate([top.scores[short], rest.scores], axis=1)
+    order = np.argsort(ids < 0, axis=1, kind="stable")[:, :k]
+    return np.take_along_axis(ids, order, axis=1), np.take_along_axis(scores, order, axis=1), order >= k
 
 
 def _ask_wider(index: Any, queries: Vectors, k: int, selector: Any, share: float) -> Top:

@@ -7,11 +7,11 @@ import os
 import re
 import time
 import uuid
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import faiss
 
@@ -21,6 +21,7 @@ from pipelines.storage import COPY_BYTES, Store
 
 ATTEMPTS = 3
 ABANDONED_AFTER_S = 24 * 3600.0
+T = TypeVar("T")
 _COPY = re.compile(r"[0-9a-f]{64}")
 _TEMPORARY = re.compile(r"\.[0-9a-f]{64}\.[0-9a-f]{12}\.tmp")
 
@@ -150,6 +151,19 @@ def on_disk(store: Store, path: str, file: IndexShard | SideFile, cache: Cache |
     return local
 
 
+def used_on_disk(
+    store: Store, path: str, file: IndexShard | SideFile, cache: Cache | None, use: Callable[[Path | None], T]
+) -> T:
+    """What `use` makes of `on_disk`: again, where of a cache that others fill a copy goes before it is opened.
+
+    Raises: as `on_disk`.
+    """
+    for _ in range(ATTEMPTS - 1):
+        with suppress(FileNotFoundError):
+            return use(on_disk(store, path, file, cache))
+    return use(on_disk(store, path, file, cache))
+
+
 def opened_shard(store: Store, folder: str, shard: IndexShard, key: str, cache: Cache | None = None) -> Any:
     """An index shard to search: mapped where it is on this machine's disks, else read into memory.
 
@@ -158,15 +172,14 @@ def opened_shard(store: Store, folder: str, shard: IndexShard, key: str, cache: 
     Raises: IndexBuildError where it is gone or is not what the manifest says.
     """
     path = f"{folder}/{shard.file}"
-    for left in reversed(range(ATTEMPTS)):
-        try:
-            local = on_disk(store, path, shard, cache)
-            return _mapped(local, store.uri(path), shard, key) if local else open_shard(store, folder, shard)
-        except FileNotFoundError:
-            # Of a cache that others fill, a copy may go before it is opened.
-            if not left or store.local_path(path):
-                raise IndexBuildError(f"{store.uri(path)} is gone", "Index again with --force.") from None
-    raise AssertionError
+
+    def opened(local: Path | None) -> Any:
+        return _mapped(local, store.uri(path), shard, key) if local else open_shard(store, folder, shard)
+
+    try:
+        return used_on_disk(store, path, shard, cache, opened)
+    except FileNotFoundError:
+        raise IndexBuildError(f"{store.uri(path)} is gone", "Index again with --force.") from None
 
 
 def _mapped(local: Path, uri: str, shard: IndexShard, key: str) -> Any:

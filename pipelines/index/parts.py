@@ -174,7 +174,8 @@ def _require_one_each(store: Store, folder: str, names: list[str]) -> None:
     if twice:
         raise IndexBuildError(
             f"{store.uri(folder)} holds several parts of {len(twice)} shards ({', '.join(twice[:3])})",
-            "An embed run is replacing them, or died while it did: run the same `vecmill embed` again, then index.",
+            "An embed run or `vecmill remove --compact` is replacing them, or died while it did: run the same again, "
+            "then index.",
         )
 
 

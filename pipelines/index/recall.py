@@ -26,17 +26,21 @@ class Top:
     """The best of each query, best first, missing ones with id -1 at the end.
 
     ids: int64 [queries, k]. scores: float32 [queries, k], inner product, cosine, squared L2 or L1 distance.
+    late: bool [queries, k], where some were found only by looking further for want of others, and come after these
+    however near they are, so that a longer list begins with the shorter one.
     """
 
     ids: Ids
     scores: Vectors
+    late: NDArray[np.bool_] | None = None
 
     def of(self, queries: slice) -> Top:
-        return Top(self.ids[queries], self.scores[queries])
+        return Top(self.ids[queries], self.scores[queries], None if self.late is None else self.late[queries])
 
     def between(self, first: int, stop: int) -> Top:
         """Of each query's the ranks from `first`, counted from 0, to before `stop`."""
-        return Top(self.ids[:, first:stop], self.scores[:, first:stop])
+        late = None if self.late is None else self.late[:, first:stop]
+        return Top(self.ids[:, first:stop], self.scores[:, first:stop], late)
 
 
 def merge(tops: Iterable[Top], k: int, metric: str) -> Top:
@@ -44,14 +48,19 @@ def merge(tops: Iterable[Top], k: int, metric: str) -> Top:
     found = list(tops)
     ids = np.concatenate([top.ids for top in found], axis=1)
     scores = np.concatenate([top.scores for top in found], axis=1)
-    return best_first(ids, scores, k, metric)
+    if all(top.late is None for top in found):
+        return best_first(ids, scores, k, metric)
+    late = [np.zeros(top.ids.shape, bool) if top.late is None else top.late for top in found]
+    return best_first(ids, scores, k, metric, np.concatenate(late, axis=1))
 
 
-def best_first(ids: Ids, scores: Vectors, k: int, metric: str) -> Top:
-    """The best k of each query's, int64 and float32 [queries, n], in whatever order they are."""
+def best_first(ids: Ids, scores: Vectors, k: int, metric: str, late: NDArray[np.bool_] | None = None) -> Top:
+    """The best k of each query's, int64 and float32 [queries, n], in whatever order they are. late: as of Top."""
     worst_last = np.where(ids < 0, np.inf, -scores if metric in LARGER_IS_NEARER else scores)
-    order = np.lexsort((ids, worst_last), axis=1)[:, :k]
-    return Top(np.take_along_axis(ids, order, axis=1), np.take_along_axis(scores, order, axis=1))
+    keys = (ids, worst_last) if late is None else (ids, worst_last, late | (ids < 0))
+    order = np.lexsort(keys, axis=1)[:, :k]
+    ids, scores = np.take_along_axis(ids, order, axis=1), np.take_along_axis(scores, order, axis=1)
+    return Top(ids, scores, None if late is None else np.take_along_axis(late, order, axis=1))
 
 
 def with_ties(ask: Callable[[int], Top], k: int) -> Top:

@@ -2,31 +2,50 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 
 import numpy as np
 import pyarrow.parquet as pq
 
-from pipelines.index.parts import Ids, PartRange, Parts, open_part, shard_of, version_of
+from pipelines.index.parts import Ids, PartRange, Parts, ReplacedError, open_part, shard_of, version_of
 from pipelines.index.release import Release
 from pipelines.index.selection import Selection, end_of
 from pipelines.ledger import object_of
 from pipelines.storage import Store
 from pipelines.takedowns import Takedowns, read_takedowns
 
+THREADS = 16
 
-def not_removed(store: Store, parts: Parts, known: Takedowns) -> Selection | None:
-    """The ids that were not taken down; None where nothing was. Opens the parts that hold such alone.
+
+@dataclass(frozen=True)
+class Denied:
+    """What takedowns leave to be found; allowed is None where that is everything.
+
+    written_again: ids of parts that are gone, denied though most of what they stand for is still there.
+    """
+
+    allowed: Selection | None
+    written_again: int
+
+
+def denied(store: Store, parts: Parts, known: Takedowns) -> Denied:
+    """Opens the parts that hold what was taken down, 16 at a time, and no others.
 
     Of a part that is gone, of an object with takedowns, no id may be found: nobody can tell any more whose it was.
     """
     if not len(known):
-        return None
-    selection = Selection.every(end_of(parts))
-    gone = _gone(store, parts, known)
-    selection = selection.without_ranges((part.offset, part.offset + part.rows) for part in gone)
-    denied = [ids for part, ids in _waiting(store, parts, known) if part not in gone]
-    return selection.without(np.concatenate(denied)) if denied else selection
+        return Denied(None, 0)
+    there, gone = _touched(store, parts, known)
+    allowed = Selection.every(end_of(parts)).without_ranges((part.offset, part.offset + part.rows) for part in gone)
+    for ids in _waiting(store, parts, there, known):
+        allowed = allowed.without(ids)
+    return Denied(allowed, sum(part.rows for part in gone if not part.gone))
+
+
+def not_removed(store: Store, parts: Parts, known: Takedowns) -> Selection | None:
+    """The ids that were not taken down; None where nothing was."""
+    return denied(store, parts, known).allowed
 
 
 def holds_removed(store: Store, release: Release) -> bool:
@@ -36,23 +55,31 @@ def holds_removed(store: Store, release: Release) -> bool:
     with since.
     """
     known, parts = read_takedowns(store), release.parts
-    return bool(_gone(store, parts, known)) or any(len(ids) for _, ids in _waiting(store, parts, known))
+    there, gone = _touched(store, parts, known)
+    return bool(gone) or any(map(len, _waiting(store, parts, there, known)))
 
 
-def _gone(store: Store, parts: Parts, known: Takedowns) -> list[PartRange]:
+def _touched(store: Store, parts: Parts, known: Takedowns) -> tuple[list[PartRange], list[PartRange]]:
+    """Parts of objects with takedowns: those that are there, and those that are gone."""
     objects = known.touched_objects()
     touched = [part for part in parts.ranges if object_of(shard_of(part.name)) in objects]
-    there = set(store.names(parts.folder)) if touched else set()
-    return [part for part in touched if part.name not in there]
+    names = set(store.names(parts.folder)) if touched else set()
+    return [part for part in touched if part.name in names], [part for part in touched if part.name not in names]
 
 
-def _waiting(store: Store, parts: Parts, known: Takedowns) -> Iterator[tuple[PartRange, Ids]]:
+def _waiting(store: Store, parts: Parts, there: list[PartRange], known: Takedowns) -> list[Ids]:
     """The removed ids of each part that may hold some until it is compacted."""
     touched = known.touched(waiting=True)
-    for part in parts.ranges:
-        shard, version = shard_of(part.name), version_of(part.name)
-        if f"{shard}.{version}" in touched and store.exists(parts.path(part)):
-            with open_part(store, parts.path(part)) as stream:
-                rows = pq.read_table(stream, columns=["row"], use_threads=False, pre_buffer=False)["row"]
-            removed = np.isin(rows.to_numpy(), known.rows_of(shard, version, waiting=True))
-            yield part, part.offset + np.flatnonzero(removed)
+    holders = [part for part in there if f"{shard_of(part.name)}.{version_of(part.name)}" in touched]
+    with ThreadPoolExecutor(THREADS) as pool:
+        return list(pool.map(lambda part: _removed_ids(store, parts, part, known), holders))
+
+
+def _removed_ids(store: Store, parts: Parts, part: PartRange, known: Takedowns) -> Ids:
+    removed = known.rows_of(shard_of(part.name), version_of(part.name), waiting=True)
+    try:
+        with open_part(store, parts.path(part)) as stream:
+            rows = pq.read_table(stream, columns=["row"], use_threads=False, pre_buffer=False)["row"]
+    except ReplacedError:
+        return np.arange(part.offset, part.offset + part.rows)  # gone since it was listed
+    return part.offset + np.flatnonzero(np.isin(rows.to_numpy(), removed))

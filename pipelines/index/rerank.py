@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 
 from pipelines.config import IndexConfig
 from pipelines.errors import IndexBuildError
-from pipelines.index.cache import Cache, on_disk
+from pipelines.index.cache import Cache, used_on_disk
 from pipelines.index.choose import holds_codes
 from pipelines.index.parts import BATCH_BYTES, Ids, Vectors
 from pipelines.index.recall import Top, best_first, empty_top
@@ -159,19 +159,19 @@ def stored_vectors(store: Store, release: Release, cache: Cache | None = None) -
 def _open(store: Store, folder: str, shard: IndexShard, coding: Coding, dim: int, cache: Cache | None) -> Rows:
     if shard.side is None:
         raise IndexBuildError(f"{store.uri(folder)}/{shard.file} has no vectors beside it", "Search with --rerank 0.")
-    path = f"{folder}/{shard.side.file}"
+    side, path, dtype = shard.side, f"{folder}/{shard.side.file}", np.dtype(coding.dtype)
+
+    def opened(local: Path | None) -> Rows:
+        if local:
+            return partial(_of_map, np.memmap(local, dtype, "r", side.header, (shard.rows, dim)))
+        if store.stat(path).bytes != side.bytes:
+            raise IndexBuildError(f"{store.uri(path)} is not what its manifest says", "Index again with --force.")
+        return partial(_of_ranges, store, path, side.header, dtype, dim)
+
     try:
-        local = on_disk(store, path, shard.side, cache)
-        size = shard.side.bytes if local else store.stat(path).bytes
+        return used_on_disk(store, path, side, cache, opened)
     except FileNotFoundError:
         raise IndexBuildError(f"{store.uri(path)} is gone", "Search with --rerank 0, or index again.") from None
-    if size != shard.side.bytes:
-        raise IndexBuildError(f"{store.uri(path)} is not what its manifest says", "Index again with --force.")
-    dtype = np.dtype(coding.dtype)
-    if local:
-        mapped = np.memmap(local, dtype, "r", shard.side.header, (shard.rows, dim))
-        return partial(_of_map, mapped)
-    return partial(_of_ranges, store, path, shard.side.header, dtype, dim)
 
 
 def _of_map(mapped: NDArray[Any], positions: Ids) -> NDArray[Any]:

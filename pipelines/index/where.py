@@ -15,6 +15,7 @@ import json
 import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import reduce
 from typing import Any, Literal, NoReturn
 
 import pyarrow as pa
@@ -26,9 +27,10 @@ from pipelines.errors import ConfigError
 Kind = Literal["text", "number", "flag", "any"]
 Test = Callable[[pa.Table], Any]
 
+MOST_NESTED, MOST_CHARACTERS = 64, 1_000_000
 CAPTION, CAPTIONS, METADATA = "caption", "captions", "metadata"
 _NOTES = {CAPTION: "of an image, its first", CAPTIONS: "how many", METADATA: "with .KEY for what is in it"}
-_TYPES: dict[Kind, pa.DataType] = {"text": pa.string(), "number": pa.float64(), "flag": pa.bool_(), "any": pa.bool_()}
+_TYPES: dict[Kind, pa.DataType] = {"text": pa.string(), "flag": pa.bool_(), "any": pa.bool_()}
 _A: dict[Kind, str] = {"text": "a text", "number": "a number", "flag": "true or false"}
 _COMPARE = {
     "=": pc.equal,
@@ -66,7 +68,8 @@ class Field:
 
     def of_metadata(self, documents: list[str | None]) -> pa.Array:
         """What JSON objects have at the keys; null where that is nothing, or of another kind."""
-        return pa.array([self._value(document) for document in documents], _TYPES[self.kind])
+        values = [self._value(document) for document in documents]
+        return _numbers(values) if self.kind == "number" else pa.array(values, _TYPES[self.kind])
 
     def _value(self, document: str | None) -> Any:
         value = json.loads(document) if document else None
@@ -75,6 +78,29 @@ class Field:
         if self.kind == "any":
             return None if value is None else True
         return value if kind_of(value) == self.kind else None
+
+
+def _numbers(values: list[Any]) -> pa.Array:
+    """int64 where all are whole and fit, which keeps all their digits; else double, null for what is beyond it."""
+    if all(value is None or (isinstance(value, int) and abs(value) < 2**63) for value in values):
+        return pa.array(values, pa.int64())
+    return pa.array([_float(value) for value in values], pa.float64())
+
+
+def _float(value: Any) -> float | None:
+    try:
+        return None if value is None else float(value)
+    except OverflowError:
+        return None
+
+
+def _alike(column: Any, values: list[Any]) -> tuple[Any, pa.Array]:
+    """A column and literals of one type: int64, or double where a number of either is no whole one."""
+    if pa.types.is_integer(column.type) and not any(isinstance(value, float) for value in values):
+        return pc.cast(column, pa.int64()), pa.array(values, pa.int64())
+    if pa.types.is_integer(column.type) or pa.types.is_floating(column.type):
+        return pc.cast(column, pa.float64(), safe=False), pa.array(map(float, values), pa.float64())
+    return column, pa.array(values, column.type)
 
 
 def kind_of(value: Any) -> Kind:
@@ -94,6 +120,12 @@ class Where:
 
 def parse(text: str) -> Where:
     """Raises: ConfigError that points at what is not understood, and tells the columns there are."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        raise ConfigError(f"--where: {text!a} is not Unicode text", "Write it in UTF-8.") from None
+    if len(text) > MOST_CHARACTERS:
+        raise ConfigError(f"--where: an expression of {len(text):,} characters", f"Use {MOST_CHARACTERS:,} at most.")
     return _Parser(text).whole()
 
 
@@ -106,6 +138,12 @@ class _Token:
     @property
     def word(self) -> str:
         return self.text.lower() if self.kind in ("word", "sign") else ""
+
+    @property
+    def fits(self) -> bool:
+        """Of a number, whether it can be compared with: a long one is not even read."""
+        digits = self.text.lstrip("-0")
+        return not digits.isdecimal() or (len(digits) <= 19 and abs(int(digits)) < 2**63)
 
     @property
     def value(self) -> Any:
@@ -165,28 +203,30 @@ class _Parser:
             self._refuse(self._next, f"where {' or '.join(words)} is expected", "As in label = 'cat' and width > 256.")
 
     def whole(self) -> Where:
-        test = self._any()
+        test = self._any(0)
         if self._next.kind != "end":
             self._refuse(self._next, "where and, or, or the end is expected", "As in label = 'cat' and width > 256.")
         return Where(self._text, frozenset(self._fields), test)
 
-    def _any(self) -> Test:
-        test = self._each()
+    def _any(self, depth: int) -> Test:
+        tests = [self._each(depth)]
         while self._took("or"):
-            test = _combined(pc.or_kleene, test, self._each())
-        return test
+            tests.append(self._each(depth))
+        return _combined(pc.or_kleene, tests)
 
-    def _each(self) -> Test:
-        test = self._one()
+    def _each(self, depth: int) -> Test:
+        tests = [self._one(depth)]
         while self._took("and"):
-            test = _combined(pc.and_kleene, test, self._one())
-        return test
+            tests.append(self._one(depth))
+        return _combined(pc.and_kleene, tests)
 
-    def _one(self) -> Test:
+    def _one(self, depth: int) -> Test:
+        if depth > MOST_NESTED:
+            self._refuse(self._next, f"is nested more than {MOST_NESTED} deep", "Write it with fewer parentheses.")
         if self._took("not"):
-            return _negated(self._one())
+            return _negated(self._one(depth + 1))
         if self._took("("):
-            test = self._any()
+            test = self._any(depth + 1)
             self._expect(")")
             return test
         return self._test()
@@ -227,12 +267,19 @@ class _Parser:
     def _comparison(self, compare: Any, named: _Token, column: str, keys: tuple[str, ...]) -> Test:
         value = self._value(named, column, keys)
         name = self._field(column, keys, kind_of(value))
-        return lambda table: compare(table[name], value)
+
+        def test(table: pa.Table) -> Any:
+            column, (wanted,) = _alike(table[name], [value])
+            return compare(column, wanted)
+
+        return test
 
     def _value(self, named: _Token, column: str, keys: tuple[str, ...]) -> Any:
         token = self._take()
         if token.kind not in ("text", "number") and token.word not in ("true", "false"):
             self._refuse(token, "where a value is expected", "Texts are quoted, as in label = 'cat'.")
+        if token.kind == "number" and not token.fits:
+            self._refuse(token, "is more than an integer of 64 bits holds", "Write it with a point, as in 1e30.")
         value = token.word == "true" if token.kind == "word" else token.value
         kind = kind_of(value) if keys else self._kinds[column]
         if kind_of(value) != kind:
@@ -265,12 +312,17 @@ class _Parser:
         if len({kind_of(value) for value in values}) > 1:
             self._refuse(named, "is compared with values of several kinds", "Join two tests with or.")
         name = self._field(column, keys, kind_of(values[0]))
+
         # Arrow takes null for a member that is not there; here it is not known.
-        return lambda table: pc.if_else(pc.is_valid(table[name]), pc.is_in(table[name], pa.array(values)), None)
+        def test(table: pa.Table) -> Any:
+            column, members = _alike(table[name], values)
+            return pc.if_else(pc.is_valid(column), pc.is_in(column, members), None)
+
+        return test
 
 
-def _combined(how: Any, one: Test, two: Test) -> Test:
-    return lambda table: how(one(table), two(table))
+def _combined(how: Any, tests: list[Test]) -> Test:
+    return lambda table: reduce(how, (test(table) for test in tests))
 
 
 def _negated(test: Test) -> Test:

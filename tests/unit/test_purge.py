@@ -14,7 +14,7 @@ import pytest
 
 from pipelines.config import WriteConfig
 from pipelines.contracts import Shard
-from pipelines.errors import HeldError, IndexBuildError
+from pipelines.errors import HeldError, IndexBuildError, LedgerError
 from pipelines.index.publish import holding_removed
 from pipelines.index.release import POINTER, current_version, finished, index_folder
 from pipelines.lease import held
@@ -27,7 +27,7 @@ from pipelines.takedowns import note_compacted, read_takedowns, requests
 from pipelines.verify import problems
 from pipelines.write import EmbeddingSink
 from tests import encoded
-from tests.indexed import ENCODER, VERSION, caption_of, everything, key_of, shard_id
+from tests.indexed import ENCODER, VERSION, caption_of, everything, key_of, part_name, shard_id
 from tests.traces import Sought, traces
 from tests.unit.test_search import write_release
 
@@ -244,3 +244,16 @@ def require_no_loss(store: Store) -> None:
         for ref in refs:
             for part in read_commit(store, ref).parts:
                 assert store.exists(part.final) or store.exists(part.staged)
+
+
+def test_nothing_is_called_compacted_while_a_part_cannot_be_looked_at(tmp_path: Path) -> None:
+    store = write_release(tmp_path)
+    remove(store, Asked([KEYS[1]]), "", "")
+    (tmp_path / "embeddings" / ENCODER / "text" / part_name(2)).unlink()
+    with pytest.raises(LedgerError, match="names a part that is gone"):
+        plan_purge(store)
+    with pytest.raises(LedgerError):
+        purge(store)
+    assert list(requests(store).values()) == [False]
+    note_compacted(store, requests(store))
+    assert any("names a part that is gone" in line for line in problems(store))

@@ -1,15 +1,17 @@
 from dataclasses import replace
+from math import inf, nan
 from pathlib import Path
 
 import numpy as np
 import pytest
 from PIL import Image
+from pydantic import TypeAdapter, ValidationError
 
 from pipelines.contracts import VectorSpec
 from pipelines.encoders import registry
 from pipelines.encoders.base import EncoderSpec
 from pipelines.errors import ConfigError, InputError, PreflightError
-from pipelines.queries import Query, embed_queries, query_spec
+from pipelines.queries import Query, _combined, _Weights, embed_queries, query_spec
 from pipelines.record import RunRecord, encoder_record, read_record, write_record
 from pipelines.storage import Store
 from tests.checkpoints import save_open_clip
@@ -95,3 +97,30 @@ def test_an_encoder_that_changed_is_refused(made: tuple[Store, EncoderSpec]) -> 
     write_record(store, record.model_copy(update={"encoders": {**record.encoders, "other": other}}))
     with pytest.raises(PreflightError, match="weights: 'ffff"):
         query_spec(store, "other")
+
+
+@pytest.mark.parametrize("weights", [(nan, 0.5), (1.5, 0.5), (0.5, nan), (0.5, inf), (0.5, -1.0)])
+def test_weights_that_are_none_are_refused(weights: tuple[float, float]) -> None:
+    text, away = weights
+    example = np.array([1, 0], np.float32)
+    with pytest.raises(ConfigError, match="weighs its text"):
+        embed_queries(None, [Query(like="a")], text, examples=[example], not_weight=away)
+    with pytest.raises(ValidationError):
+        TypeAdapter(Query).validate_json(f'{{"text": "a", "text_weight": {_json(text)}, "not_weight": {_json(away)}}}')
+
+
+def _json(number: float) -> str:
+    return {"nan": "NaN", "inf": "Infinity"}.get(str(number), str(number))
+
+
+@pytest.mark.parametrize("example", [[0, 0], [nan, 1], [1, 0]])
+def test_a_mixture_that_comes_to_nothing_is_told(example: list[float]) -> None:
+    away = np.array([1, 0], np.float32)
+    with pytest.raises(InputError, match="cancel out"):
+        _combined(
+            Query(like="a"),
+            {},
+            np.array(example, np.float32),
+            0 * away if not any(example) else away,
+            _Weights(0.5, 1.0),
+        )

@@ -8,6 +8,7 @@ import faiss
 import numpy as np
 import pytest
 
+from pipelines import search as search_module
 from pipelines.errors import ConfigError, IndexBuildError, InputError
 from pipelines.index import probe
 from pipelines.index.add import fill
@@ -17,9 +18,11 @@ from pipelines.index.parts import ReplacedError, embeddings_folder, list_parts
 from pipelines.index.release import finish
 from pipelines.index.selection import Selection
 from pipelines.index.train import train
+from pipelines.like import examples
+from pipelines.queries import Query
 from pipelines.search import Searcher, choose_encoder
 from pipelines.storage import Store
-from tests.indexed import ENCODER, caption_of, everything, part_name, shard_id, write_output, write_shard
+from tests.indexed import ENCODER, caption_of, everything, key_of, part_name, shard_id, write_output, write_shard
 from tests.unit.index.test_parts import FOLDER
 from tests.unit.index.test_release import release
 
@@ -240,3 +243,27 @@ def test_exact_search_opens_no_part_of_which_nothing_may_be_found(tmp_path: Path
     second = searcher.parts.ranges[1]
     gone = Selection.every(len(vectors)).without_ranges([(second.offset, second.offset + second.rows)])
     assert searcher.nearest(vectors[:1], 5, gone).ids[0, 0] == 0
+
+
+def test_an_example_is_found_though_another_part_was_replaced(tmp_path: Path) -> None:
+    store = write_release(tmp_path)
+    replace_shard(tmp_path, 0)
+    assert examples(Searcher(store), [Query(like=key_of(2, 3))])[0] is not None
+    with pytest.raises(InputError, match="no vector of the key"):
+        examples(Searcher(store), [Query(like=key_of(0, 3))])
+
+
+@pytest.mark.parametrize("exact", [False, True])
+def test_no_more_is_asked_for_than_there_is(tmp_path: Path, exact: bool) -> None:
+    searcher = Searcher(write_release(tmp_path, parts=2), exact=exact)
+    top = searcher.nearest(np.ones((1, 16), np.float32), 10**12, blocks=3)
+    assert sorted(top.ids[0].tolist()) == list(range(searcher.parts.rows))
+
+
+def test_folding_ends_and_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """All hits repeat the first: without an end the whole output would be looked at."""
+    searcher, said = Searcher(write_release(tmp_path)), list[str]()
+    monkeypatch.setattr(search_module, "MOST_TO_FOLD", 50)
+    (row,) = searcher.search(np.ones((1, 16), np.float32), 5, said.append, fold=-1.0)
+    assert len(row) == 1 and len(row[0].folded) == 49
+    assert said == ["Only the 50 nearest were looked at: all others of them repeat those shown."]

@@ -16,8 +16,9 @@ from pipelines.config import ReadConfig, WriteConfig
 from pipelines.contracts import Sample, Shard
 from pipelines.ledger import Counts, Work, make_plan, read_commit, standing_commits, tally
 from pipelines.remove import Asked, Removal, remove
+from pipelines.remove import _with_lasting as with_lasting
 from pipelines.storage import Store
-from pipelines.takedowns import Marks, read_requests, read_takedowns, requests
+from pipelines.takedowns import TOMBSTONE, Marks, marks_of, read_requests, read_takedowns, record, requests
 from pipelines.verify import problems
 from pipelines.write import EmbeddingSink
 from tests.encoded import ENCODER, FAMILIES, encoded_row, encoded_rows
@@ -277,3 +278,30 @@ def test_a_whole_shard_can_go(store: Store) -> None:
     write(store, version="v2", plan=make_plan(store, [Shard(SHARDS[0], "s3://b/a.tar", "tar", "v2", 1)], FAMILIES))
     assert rows_of(store, "samples") == [] == rows_of(store, f"embeddings/{ENCODER.name}/image")
     assert list(problems(store)) == []
+
+
+@pytest.mark.parametrize("key", ["18446744073709551616", "12297829382473034410", "9" * 5000, "9223372036854775807"])
+def test_a_key_beyond_what_rows_can_be_lasts(key: str) -> None:
+    rows = {"row": [0, 1], "key": [key, "1"], "sha256": [None] * 2, "captions": [["a"]] * 2, "row_group": [0, 0]}
+    assert with_lasting(pa.table(rows))["key_lasts"].to_pylist() == [True, True]
+
+
+def test_a_shard_is_cut_at_the_same_rows_whatever_was_taken_down(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+    def blocks() -> list[int]:
+        found = [Sample(f"{row:05d}", bytes(600_000), True) for row in range(8)]
+        monkeypatch.setattr(sources, "samples", lambda *_: iter(found))
+        work = Work(Shard(SHARDS[0], "s3://b/a.tar", "tar", "v1", 1), tuple(FAMILIES))
+        return [block.num_rows for block in read.read_shard(work, ReadConfig(block_mib=1), Store(), output=store)]
+
+    before = blocks()
+    take_down(store, "00000", "00003")
+    assert blocks() == before and len(before) > 2
+
+
+def test_an_image_that_was_compacted_away_counts_as_removed_before(store: Store) -> None:
+    digest = hashlib.sha256(b"image").hexdigest()
+    marks = marks_of(store)
+    tombstone = {"shard": "x", "version": "v", "row": 0, "key": marks.key("x"), "key_lasts": True}
+    record(store, pa.Table.from_pylist([{**tombstone, "content": marks.content(digest, None)}], TOMBSTONE), "", "")
+    removal = remove(store, Asked(sha256=[digest, "0" * 64]), "", "")
+    assert (removal.before, removal.missing) == (1, ["0" * 64])

@@ -10,7 +10,7 @@ import pytest
 from pipelines.index import among as module
 from pipelines.index.among import ask, ask_among
 from pipelines.index.choose import empty_index
-from pipelines.index.recall import exact, exact_of_several, recall_at
+from pipelines.index.recall import Top, exact, exact_of_several, merge, recall_at, with_ties
 from pipelines.index.selection import Selection, both
 from pipelines.index.tune import apply
 
@@ -167,3 +167,35 @@ def test_no_selections_are_no_restriction() -> None:
     assert both(one, None) is one
     narrowed = both(one, None, two)
     assert narrowed is not None and narrowed.mask(0, 9).nonzero()[0].tolist() == [2]
+
+
+@pytest.mark.parametrize("share", [0.03, 0.1, 0.5])
+@pytest.mark.parametrize("shards", [1, 3])
+def test_pages_of_an_ivf_neither_overlap_nor_leave_anything_out(share: float, shards: int) -> None:
+    """The lists that are probed run out on some page: what the others hold comes after, whatever its score."""
+    random = np.random.default_rng(7)
+    centres, of = random.normal(size=(40, DIM)), random.integers(0, 40, ROWS)
+    vectors = (centres[of] + 0.5 * random.normal(size=(ROWS, DIM))).astype(np.float32)
+    chosen = Selection.only(ROWS, np.flatnonzero(random.random(ROWS) < share))
+    indexes = []
+    for ids in np.array_split(np.arange(ROWS), shards):
+        index = empty_index("IVF64,Flat", DIM, "ip")
+        index.train(vectors)
+        index.add_with_ids(vectors[ids], ids)
+        apply(index, "nprobe=1")
+        indexes.append((index, int(ids[0])))
+    queries = vectors[:20]
+
+    def nearest(k: int) -> np.ndarray:
+        def asked(count: int) -> Top:
+            found = (ask_among(index, queries, count, chosen, first) for index, first in indexes)
+            return merge(found, count, "ip")
+
+        return with_ties(asked, k).between(0, k).ids
+
+    pages = [nearest(10 * page)[:, 10 * (page - 1) :] for page in range(1, 13)]
+    whole = nearest(120)
+    for row in range(len(queries)):
+        paged = [id for page in pages for id in page[row] if id >= 0]
+        assert len(paged) == len(set(paged)) == min(120, chosen.total)
+        assert paged == [id for id in whole[row] if id >= 0]

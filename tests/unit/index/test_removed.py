@@ -10,17 +10,17 @@ import pytest
 
 from pipelines import search
 from pipelines.compact import compact_parts
-from pipelines.errors import ConfigError, InputError
+from pipelines.errors import ConfigError, InputError, StorageError
 from pipelines.index.grow import update_index
 from pipelines.index.release import read_release
-from pipelines.index.removed import holds_removed
+from pipelines.index.removed import denied, holds_removed
 from pipelines.ledger import read_commit, standing_commits
 from pipelines.like import examples
 from pipelines.queries import Query
 from pipelines.remove import Asked, remove
 from pipelines.search import Searcher
 from pipelines.storage import Store
-from pipelines.takedowns import note_compacted, requests
+from pipelines.takedowns import note_compacted, read_takedowns, requests
 from pipelines.verify import problems
 from tests.indexed import ENCODER, everything, key_of
 from tests.unit.test_search import write_release
@@ -102,3 +102,62 @@ def test_a_compaction_counts_what_it_drops(tmp_path: Path) -> None:
     lost = [one.counts["image"].embedded - two.counts["image"].embedded for one, two in zip(before, after, strict=True)]
     assert lost == [1, 0, 2, 0]
     assert list(problems(store)) == [] == compact_parts(store)
+
+
+def test_what_a_compaction_hides_until_the_next_release_is_told(tmp_path: Path) -> None:
+    store = write_release(tmp_path)
+    query, said = everything(tmp_path, "image")[1][[3]], list[str]()
+    remove(store, ASKED, "", "")
+    Searcher(store).search(query, 1, said.append)
+    assert said == []
+    compact_parts(store)
+    note_compacted(store, requests(store))
+    Searcher(store, exact=True).search(query, 1, said.append)
+    assert said == []
+    Searcher(store).search(query, 1, said.append)
+    hidden = sum(part.rows for part in read_release(store, ENCODER, "image").parts.ranges[0:4:2])
+    assert len(said) == 1 and said[0].startswith(f"{hidden:,} vectors") and "`vecmill index`" in said[0]
+
+
+def test_a_part_that_goes_while_it_is_looked_at_has_nothing_to_find(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store = write_release(tmp_path)
+    remove(store, ASKED, "", "")
+    parts, real = read_release(store, ENCODER, "image").parts, Store.open
+
+    def gone(store: Store, path: str, *more: Any) -> Any:
+        if path == parts.path(parts.ranges[2]):
+            raise FileNotFoundError(path)
+        return real(store, path, *more)
+
+    monkeypatch.setattr(Store, "open", gone)
+    allowed = denied(store, parts, read_takedowns(store)).allowed
+    assert allowed is not None
+    counts = [allowed.count(part.offset, part.offset + part.rows) for part in parts.ranges]
+    assert counts == [parts.ranges[0].rows - 1, parts.ranges[1].rows, 0, parts.ranges[3].rows]
+
+
+def test_whether_parts_are_there_takes_one_listing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    store = write_release(tmp_path)
+    remove(store, ASKED, "", "")
+    parts, known = read_release(store, ENCODER, "image").parts, read_takedowns(store)
+    listed, real = list[str](), Store.names
+    monkeypatch.setattr(Store, "names", lambda store, path: listed.append(path) or real(store, path))
+    monkeypatch.setattr(Store, "exists", lambda *_: pytest.fail("asked of one part"))
+    denied(store, parts, known)
+    assert listed == [parts.folder]
+
+
+def test_a_look_that_fails_is_taken_again_by_the_next_search(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(search, "LOOK_EVERY_S", 0.0)
+    store = write_release(tmp_path)
+    searcher, query = Searcher(store), everything(tmp_path, "image")[1][[3]]
+    remove(store, ASKED, "", "")
+    monkeypatch.setattr(search, "LOOK_EVERY_S", 1e9)
+    searcher._looked = -1e18
+    with monkeypatch.context() as broken:
+        broken.setattr(search, "denied", lambda *_: (_ for _ in ()).throw(StorageError("away")))
+        with pytest.raises(StorageError):
+            searcher.search(query, 1)
+    assert searcher.search(query, 1)[0][0].key != key_of(0, 3)

@@ -1,6 +1,7 @@
 """Re-ranking: what an index of codes finds is put right by the stored vectors, read by id, here or in a bucket."""
 
 import hashlib
+import uuid
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ from pipelines.config import IndexConfig
 from pipelines.errors import ConfigError, IndexBuildError
 from pipelines.index import rerank as module
 from pipelines.index.add import Filled, fill
+from pipelines.index.cache import Cache
 from pipelines.index.choose import cut
 from pipelines.index.parts import list_parts
 from pipelines.index.recall import exact, merge, recall_of
@@ -251,3 +253,22 @@ def test_vectors_are_stored_where_an_index_holds_codes(key: str, dtype: str) -> 
 def test_none_has_no_coding() -> None:
     assert learn_coding("none", np.empty((0, 4), np.float32)) is None
     assert learn_coding("float16", np.empty((0, 4), np.float32)) == Coding(dtype="float16")
+
+
+def test_a_copy_that_goes_before_it_is_mapped_is_fetched_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    made = Lossy(tmp_path / "made")
+    away, real, left = Store(f"memory://{uuid.uuid4().hex}"), np.memmap, [1]
+    for path in made.root.rglob("*"):
+        if path.is_file():
+            away.put_atomic(str(path.relative_to(made.root)), path)
+
+    def evicted(local: Path, *words: Any) -> Any:
+        if left:
+            left.pop()
+            local.unlink()
+        return real(local, *words)
+
+    monkeypatch.setattr(np, "memmap", evicted)
+    found = Searcher(away, cache=Cache(tmp_path / "cache", 2**30)).nearest(made.queries, 10)
+    assert left == []
+    np.testing.assert_array_equal(found.ids, Searcher(made.store).nearest(made.queries, 10).ids)

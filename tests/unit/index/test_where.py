@@ -164,3 +164,54 @@ def test_the_columns_are_listed() -> None:
     with pytest.raises(ConfigError) as raised:
         parse("nope = 1")
     assert all(name in raised.value.fix for name in ["caption (of an image, its first)", *SAMPLES_PART.names])
+
+
+@pytest.mark.parametrize(
+    ("where", "ids", "found"),
+    [
+        ("metadata.id > 5", [1234567890123456789, 1, None], [True, False, False]),
+        ("metadata.id = 1234567890123456789", [1234567890123456789, 1234567890123456788, 5], [True, False, False]),
+        ("metadata.id in (9007199254740993, 7)", [9007199254740992, 9007199254740993, 7], [False, True, True]),
+        ("metadata.id = 5", [10**400, 5, 2**63], [False, True, False]),
+        ("metadata.id > 5", [10**400, 5.5, 2**63], [False, True, True]),
+        ("metadata.id > 5.5", [2**53 + 1, 5, 6], [True, False, True]),
+        ("metadata.id in (1, 2.5)", [1, 2.5, 3], [True, True, False]),
+        ("width in (100, 2.5)", [0, 0, 0], [True, False, False]),
+        ("width in (100, 3000000000)", [0, 0, 0], [True, False, False]),
+        ("width < 3000000000", [0, 0, 0], [True, True, True]),
+        ("width < 1e400 and offset < 9223372036854775807", [0, 0, 0], [True, True, True]),
+        (" or ".join(f"width = {at}" for at in range(99, 1300)), [0, 0, 0], [True, True, True]),
+        (" and ".join(["width > 100"] * 1200), [0, 0, 0], [False, True, True]),
+    ],
+    ids=range(13),
+)
+def test_numbers_of_any_size_are_compared(where: str, ids: list[object], found: list[bool]) -> None:
+    told = {
+        "metadata": [json.dumps({"id": id}) for id in ids],
+        "width": [100, 200, 300],
+        "offset": [1, 2, 3],
+    }
+    columns = {
+        field.name: pa.array(told[field.name], field.type) if field.name in told else pa.nulls(3, field.type)
+        for field in SAMPLES_PART
+    }
+    samples = pa.table(columns, schema=SAMPLES_PART)
+    assert module._answers(parse(where), samples, np.zeros(3, np.int64)).tolist() == found
+
+
+@pytest.mark.parametrize(
+    ("where", "told"),
+    [
+        ("width < 99999999999999999999", "more than an integer of 64 bits"),
+        ("width in (100, -9223372036854775809)", "more than an integer of 64 bits"),
+        ("width < " + "9" * 5000, "more than an integer of 64 bits"),
+        ("key = '\udcff'", "not Unicode"),
+        ("(" * 3000 + "key = 'a'" + ")" * 3000, "nested more than"),
+        ("not " * 3000 + "key = 'a'", "nested more than"),
+        ("key = '" + "a" * 1_000_000 + "'", "1,000,008 characters"),
+    ],
+    ids=range(7),
+)
+def test_what_is_too_much_is_refused(where: str, told: str) -> None:
+    with pytest.raises(ConfigError, match=told):
+        parse(where)
