@@ -218,8 +218,8 @@ def _had_its_turn(store: Store, release: Release, progress: Progress) -> bool:
 def require_own_ids(store: Store, release: Release) -> None:
     """Raises: IndexBuildError where another build, that ran at the same time, gave these ids to other vectors."""
     ours = release.parts.ranges
-    for version in finished(store, index_folder(release.encoder, release.modality)):
-        other = read_release(store, release.encoder, release.modality, version)
+    for each in finished(store, index_folder(release.encoder, release.modality)):
+        other = read_release(store, release.encoder, release.modality, each)
         pairs = zip(ours, other.parts.ranges, strict=False)
         if other.id_space == release.id_space and any(
             (one.name, one.rows) != (two.name, two.rows) for one, two in pairs
