@@ -53,6 +53,7 @@ def choose_key(rows: int, dim: int, shards: int, settings: IndexConfig) -> str:
             "Raise index.shard_memory or index.shards.",
         )
     empty_index(keys[0], dim, settings.metric)
+    _require_known_kind(keys[0])
     needed = shard_bytes(keys[0], ceil(rows / shards), dim)
     if needed > budget:
         raise IndexBuildError(
@@ -62,6 +63,15 @@ def choose_key(rows: int, dim: int, shards: int, settings: IndexConfig) -> str:
             "index.index_key.",
         )
     return keys[0]
+
+
+def _require_known_kind(key: str) -> None:
+    if odd := re.search(r"RFlat|Refine|NSG|PQ\d+x4fs", key):
+        raise ConfigError(
+            f"index.index_key: {key!r} is of a kind ({odd[0]}) that updates, recall and --merge do not work with",
+            "Use keys of Flat, HNSW<m>, SQ<bits>, PQ<m> and IVF<n> with or without OPQ or PCA before; index.rerank is "
+            "what re-scores.",
+        )
 
 
 def empty_index(key: str, dim: int, metric: str) -> Any:

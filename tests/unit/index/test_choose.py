@@ -33,6 +33,12 @@ def test_ip_refuses_keys_that_faiss_would_build_wrong(key: str) -> None:
         choose_key(20_000, 32, 1, IndexConfig(index_key=key))
 
 
+@pytest.mark.parametrize("key", ["IVF16,PQ8x8,RFlat", "SQ8,Refine(SQ8)", "NSG16", "IVF16,PQ8x4fs"])
+def test_kinds_that_are_not_known_to_work_are_refused(key: str) -> None:
+    with pytest.raises(ConfigError, match=r"(?s)is of a kind .* do not work with.*Flat, HNSW"):
+        choose_key(20_000, 32, 1, IndexConfig(index_key=key, metric="l2"))
+
+
 @pytest.mark.parametrize("metric", ["ip", "l2"])
 @pytest.mark.parametrize("key", ["OPQ7_32,IVF16,PQ8x8", "IVF16,Flit"])
 def test_keys_that_cannot_be_built_are_refused(key: str, metric: str) -> None:
