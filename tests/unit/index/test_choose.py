@@ -2,7 +2,17 @@ import pytest
 
 from pipelines.config import IndexConfig
 from pipelines.errors import ConfigError, IndexBuildError
-from pipelines.index.choose import choose_key, clusters, cut, empty_index, parse_bytes, shard_bytes, shard_count
+from pipelines.index.choose import (
+    choose_key,
+    clusters,
+    cut,
+    empty_index,
+    largest_rows,
+    parse_bytes,
+    shard_bytes,
+    shard_count,
+)
+from pipelines.index.plan import make_plan
 from tests.unit.index.test_parts import of_rows
 
 
@@ -97,6 +107,15 @@ def test_there_are_never_more_index_shards_than_parts() -> None:
     assert all(parts.run(run.start, run.stop).rows for run in runs)
     assert sum(parts.run(run.start, run.stop).rows for run in runs) == 1015
     assert shard_count(parts, IndexConfig()) == 1
+
+
+def test_memory_holds_for_the_largest_run_of_parts() -> None:
+    parts = of_rows(*[1_000] * 10)
+    settings = IndexConfig(index_key="Flat", shard_memory=f"{shard_bytes('Flat', 3_400, parts.dim)}B")
+    plan = make_plan(parts, settings)
+    assert largest_rows(parts, plan.runs) == 3_000 and len(plan.runs) == 4
+    with pytest.raises(IndexBuildError, match=r"(?s)5,000 vectors as Flat needs about .* one part, .* never cut"):
+        make_plan(of_rows(1_000, 5_000, 1_000), settings)
 
 
 def test_memory_says_how_many_index_shards_a_key_needs() -> None:
