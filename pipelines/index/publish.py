@@ -172,9 +172,10 @@ def _of_recall(release: Release, floor: float) -> Iterator[Obstacle]:
 def _of_rejects(store: Store, committed: Committed) -> Iterator[Obstacle]:
     written = read_record(store).settings.get("write") or {}
     ceiling = float(written.get("reject_ceiling", WriteConfig().reject_ceiling))
-    if committed.items and committed.rejected / committed.items > ceiling:
+    share = committed.rejected / max(1, committed.items)
+    if share > ceiling:
         yield Obstacle(
-            f"{committed.rejected / committed.items:.1%} of the items were rejected, more than the ceiling of {ceiling:.1%}",
+            f"{share:.1%} of the items were rejected, more than the ceiling of {ceiling:.1%}",
             "Look at rejects/; if this is what you expect, run `vecmill embed` again with a higher --reject-ceiling.",
         )
 
