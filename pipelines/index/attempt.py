@@ -85,11 +85,11 @@ class Attempt:
         kinds = {name.removeprefix("kind_"): array for name, array in arrays.items() if name.startswith("kind_")}
         return Learnt.model_validate(facts), Queries(kinds, arrays["ids"])
 
-    def filled(self) -> dict[str, Filled]:
-        """By file, the index shards that are through."""
+    def filled(self) -> Iterator[Filled]:
+        """The index shards that are through, one at a time."""
         notes, sizes = self._notes(), dict(self.store.sizes(self.folder))
         found = (filled_of(self.store, note) for note in sorted(notes - {self._learnt}))
-        return {each.shard.file: each for each in found if self._is_whole(each.shard, sizes)}
+        return (each for each in found if self._is_whole(each.shard, sizes))
 
     def clear(self) -> None:
         """Takes back all of it; the notes first, which stand for files that are there."""

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from datetime import UTC, datetime
 from functools import partial
 from importlib.metadata import version
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -218,8 +219,8 @@ def _had_its_turn(store: Store, release: Release, progress: Progress) -> bool:
 def require_own_ids(store: Store, release: Release) -> None:
     """Raises: IndexBuildError where another build, that ran at the same time, gave these ids to other vectors."""
     ours = release.parts.ranges
-    for before in finished(store, index_folder(release.encoder, release.modality)):
-        other = read_release(store, release.encoder, release.modality, before)
+    for each in finished(store, index_folder(release.encoder, release.modality)):
+        other = read_release(store, release.encoder, release.modality, each)
         pairs = zip(ours, other.parts.ranges, strict=False)
         if other.id_space == release.id_space and any(
             (one.name, one.rows) != (two.name, two.rows) for one, two in pairs
@@ -365,17 +366,26 @@ class Build:
     def filled(
         self, names: list[str], learnt: Learnt, queries: Queries, progress: Progress
     ) -> tuple[list[IndexShard], Top]:
-        """An index shard of each run, and the exact nearest of each query in them. What was filled before stays."""
-        filled = self.attempt.filled()
-        if filled:
-            progress(f"{len(filled)} of {len(names)} index shards were filled before")
-        runs = {name: parts for name, parts in zip(names, self.plan.run_parts(), strict=True) if name not in filled}
-        for each in self.fill(runs, learnt, queries):
-            filled[each.shard.file] = each
-            progress(f"filled {each.shard.file}, {len(filled)} of {len(names)}: {each.shard.rows:,} vectors")
-        self.peak_mib["add"] = max((each.peak_mib for each in filled.values()), default=0)
-        truths = [empty_top(len(queries.vectors)), *(filled[name].truth for name in names)]
-        return [filled[name].shard for name in names], merge(truths, K + 1, self.settings.metric)
+        """An index shard of each run, and the exact nearest of each query in them, merged as they come. What was
+        filled before stays."""
+        shards: dict[str, IndexShard] = {}
+        truth, self.peak_mib["add"] = empty_top(len(queries.vectors)), 0.0
+        for each in chain(self.attempt.filled(), self.unfilled(names, shards, learnt, queries, progress)):
+            shards[each.shard.file] = each.shard
+            truth = merge([truth, each.truth], K + 1, self.settings.metric)
+            self.peak_mib["add"] = max(self.peak_mib["add"], each.peak_mib)
+        return [shards[name] for name in names], truth
+
+    def unfilled(
+        self, names: list[str], before: dict[str, IndexShard], learnt: Learnt, queries: Queries, progress: Progress
+    ) -> Iterator[Filled]:
+        """Those that are not there when it is first asked for one."""
+        if before:
+            progress(f"{len(before)} of {len(names)} index shards were filled before")
+        runs = {name: parts for name, parts in zip(names, self.plan.run_parts(), strict=True) if name not in before}
+        for done, each in enumerate(self.fill(runs, learnt, queries), len(before) + 1):
+            progress(f"filled {each.shard.file}, {done} of {len(names)}: {each.shard.rows:,} vectors")
+            yield each
 
     def fill(self, runs: dict[str, Parts], learnt: Learnt, queries: Queries) -> Iterator[Filled]:
         """An index shard of each run of parts, in a task each. runs: by the file's name."""

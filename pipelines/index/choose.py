@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 from math import ceil
 from typing import Any
 
@@ -39,29 +40,43 @@ def parse_bytes(size: str, setting: str = "index.shard_memory") -> int:
         raise ConfigError(f"{setting}: {size!r} is not a size", "Write 500M, 4G or 1.5T.") from None
 
 
-def choose_key(rows: int, dim: int, shards: int, settings: IndexConfig) -> str:
+def choose_key(rows: int, dim: int, shards: int, settings: IndexConfig, largest: int = 0, alone: bool = False) -> str:
     """The factory string: settings.index_key where given, else autofaiss's choice.
 
     Clusters are chosen for all `rows`, as every index shard shares one quantiser; the memory budget
-    holds for each of the `shards`. Raises: ConfigError, IndexBuildError where nothing fits.
+    holds for each of the `shards`. largest: vectors of the largest, where they are not even; alone: it is one part,
+    which is never cut. Raises: ConfigError, IndexBuildError where nothing fits.
     """
-    budget = parse_bytes(settings.shard_memory)
-    keys = [settings.index_key] if settings.index_key else get_optimal_index_keys_v2(rows, dim, f"{budget * shards}B")
+    budget, largest = parse_bytes(settings.shard_memory), largest or ceil(rows / shards)
+    whole = f"{budget * rows // largest}B"
+    keys = [settings.index_key] if settings.index_key else get_optimal_index_keys_v2(rows, dim, whole)
     if not keys:
         raise IndexBuildError(
             f"No index of {rows:,} vectors of {dim} dimensions fits {shards} × {settings.shard_memory}",
             "Raise index.shard_memory or index.shards.",
         )
     empty_index(keys[0], dim, settings.metric)
-    needed = shard_bytes(keys[0], ceil(rows / shards), dim)
+    _require_known_kind(keys[0])
+    needed = shard_bytes(keys[0], largest, dim)
     if needed > budget:
         raise IndexBuildError(
-            f"An index shard of {ceil(rows / shards):,} vectors as {keys[0]} needs about {needed:,} bytes; "
+            f"An index shard of {largest:,} vectors as {keys[0]} needs about {needed:,} bytes; "
             f"index.shard_memory is {settings.shard_memory}",
-            "Raise index.shard_memory or index.shards (there are no more of them than parts), or choose a smaller "
+            "It is one part, and a part is never cut: raise index.shard_memory, or choose a smaller index.index_key."
+            if alone
+            else "Raise index.shard_memory or index.shards (there are no more of them than parts), or choose a smaller "
             "index.index_key.",
         )
     return keys[0]
+
+
+def _require_known_kind(key: str) -> None:
+    if odd := re.search(r"RFlat|Refine|NSG|PQ\d+x4fs", key):
+        raise ConfigError(
+            f"index.index_key: {key!r} is of a kind ({odd[0]}) that updates, recall and --merge do not work with",
+            "Use keys of Flat, HNSW<m>, SQ<bits>, PQ<m> and IVF<n> with or without OPQ or PCA before; index.rerank is "
+            "what re-scores.",
+        )
 
 
 def empty_index(key: str, dim: int, metric: str) -> Any:
@@ -129,9 +144,18 @@ def shard_count(parts: Parts, settings: IndexConfig) -> int:
 def _fitting(key: str, parts: Parts, settings: IndexConfig, least: int, most: int) -> int:
     """From `least` to `most`, the first count of index shards each of which is within its memory; else `most`."""
     budget = parse_bytes(settings.shard_memory)
-    start = max(least, shard_bytes(key, parts.rows, parts.dim) // max(1, budget))
-    fitting = (n for n in range(start, most) if shard_bytes(key, ceil(parts.rows / n), parts.dim) <= budget)
+    start = max(1, least, shard_bytes(key, parts.rows, parts.dim) // max(1, budget))
+    if shard_bytes(key, max(part.rows for part in parts.ranges), parts.dim) > budget:
+        return most
+    fitting = (
+        n for n in range(start, most) if shard_bytes(key, largest_rows(parts, cut(parts, n)), parts.dim) <= budget
+    )
     return next(fitting, most)
+
+
+def largest_rows(parts: Parts, runs: Sequence[range]) -> int:
+    """Vectors of the largest of the runs."""
+    return max(sum(parts.ranges[at].rows for at in run) for run in runs)
 
 
 def cut(parts: Parts, shards: int) -> list[range]:

@@ -92,6 +92,7 @@ def require_same(base: Release, settings: IndexConfig, fingerprint: str) -> None
         "rerank": (has, rerank_dtype(base.index_key, settings)),
         "search_params": (base.search_params, pinned),
         "target_recall": (base.settings.get("target_recall"), settings.target_recall),
+        "max_query_ms": (base.settings.get("max_query_ms", settings.max_query_ms), settings.max_query_ms),
         # Of queries that the base was not asked, the nearest in it are not known.
         **({} if all(queries) else {"recall_queries": queries}),
     }

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from pipelines.config import IndexConfig
-from pipelines.index.choose import choose_key, cut, empty_index, shard_bytes, shard_count
+from pipelines.index.choose import choose_key, cut, empty_index, largest_rows, shard_bytes, shard_count
 from pipelines.index.parts import BATCH_BYTES, Ids, Parts
 from pipelines.index.rerank import rerank_dtype, side_bytes
 from pipelines.index.train import Draw, draw
@@ -63,6 +63,9 @@ class Plan:
 def make_plan(parts: Parts, settings: IndexConfig) -> Plan:
     """Raises: ConfigError for a key or size that cannot be, IndexBuildError for what does not fit."""
     shards = shard_count(parts, settings)
-    key = choose_key(parts.rows, parts.dim, shards, settings)
+    runs = cut(parts, shards)
+    largest = largest_rows(parts, runs)
+    alone = largest == max(part.rows for part in parts.ranges)
+    key = choose_key(parts.rows, parts.dim, shards, settings, largest, alone)
     require_params(empty_index(key, parts.dim, settings.metric), key, settings.search_params or "")
-    return Plan(parts, key, tuple(cut(parts, shards)), draw(parts, key, settings), rerank_dtype(key, settings))
+    return Plan(parts, key, tuple(runs), draw(parts, key, settings), rerank_dtype(key, settings))

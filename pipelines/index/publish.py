@@ -6,7 +6,7 @@ release that was deleted, files that are opened later are gone, and the error sa
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 
 from pipelines.config import WriteConfig
@@ -126,9 +126,28 @@ def require_files(store: Store, release: Release) -> None:
 def obstacles(store: Store, release: Release, floor: float) -> Iterator[Obstacle]:
     """What bars a release from being published: too low a recall, too many rejects, counts that do not agree."""
     yield from _of_recall(release, floor)
-    commits = list(read_commits(store, standing_commits(store, release.encoder)))
-    yield from _of_rejects(store, commits)
-    yield from _of_counts(store, release, commits)
+    committed = Committed.of(read_commits(store, standing_commits(store, release.encoder)))
+    yield from _of_rejects(store, committed)
+    yield from _of_counts(store, release, committed)
+
+
+@dataclass
+class Committed:
+    """What commits say together. rows: of each part, by its final name."""
+
+    rows: dict[str, int]
+    items: int = 0
+    rejected: int = 0
+
+    @classmethod
+    def of(cls, commits: Iterable[Commit]) -> Committed:
+        """One commit is held at a time."""
+        found = cls({})
+        for commit in commits:
+            found.rows.update((part.final, part.rows) for part in commit.parts)
+            found.items += sum(count.items for count in commit.counts.values())
+            found.rejected += sum(count.rejected for count in commit.counts.values())
+        return found
 
 
 def _of_recall(release: Release, floor: float) -> Iterator[Obstacle]:
@@ -150,33 +169,31 @@ def _of_recall(release: Release, floor: float) -> Iterator[Obstacle]:
         )
 
 
-def _of_rejects(store: Store, commits: list[Commit]) -> Iterator[Obstacle]:
-    counts = [count for commit in commits for count in commit.counts.values()]
-    items, rejected = sum(count.items for count in counts), sum(count.rejected for count in counts)
+def _of_rejects(store: Store, committed: Committed) -> Iterator[Obstacle]:
     written = read_record(store).settings.get("write") or {}
     ceiling = float(written.get("reject_ceiling", WriteConfig().reject_ceiling))
-    if items and rejected / items > ceiling:
+    share = committed.rejected / max(1, committed.items)
+    if share > ceiling:
         yield Obstacle(
-            f"{rejected / items:.1%} of the items were rejected, more than the ceiling of {ceiling:.1%}",
+            f"{share:.1%} of the items were rejected, more than the ceiling of {ceiling:.1%}",
             "Look at rejects/; if this is what you expect, run `vecmill embed` again with a higher --reject-ceiling.",
         )
 
 
-def _of_counts(store: Store, release: Release, commits: list[Commit]) -> Iterator[Obstacle]:
+def _of_counts(store: Store, release: Release, committed: Committed) -> Iterator[Obstacle]:
     """Every part indexed is one that a commit names, with as many rows, and none that a commit names is missing."""
     held = sum(shard.rows for shard in release.shards)
     if held != release.parts.rows:
         yield Obstacle(
             f"its index shards hold {held:,} vectors, its parts {release.parts.rows:,}", "Index again with --force."
         )
-    committed = {part.final: part.rows for commit in commits for part in commit.parts}
     indexed = {release.parts.path(part): part.rows for part in release.parts.ranges if not part.gone}
-    if strays := [path for path, rows in indexed.items() if committed.get(path) != rows]:
+    if strays := [path for path, rows in indexed.items() if committed.rows.get(path) != rows]:
         yield Obstacle(
             f"{len(strays):,} of its {len(indexed):,} parts are not what the commits name now ({strays[0]})",
             "Run `vecmill verify`, then `vecmill index` again.",
         )
-    ours = [path for path in committed if path.startswith(f"{release.parts.folder}/") and path not in indexed]
+    ours = [path for path in committed.rows if path.startswith(f"{release.parts.folder}/") and path not in indexed]
     # What was embedded while the index was built, or since, is in its place, or will be in a moment.
     if lost := [path for path in ours if not store.exists(path)]:
         yield Obstacle(

@@ -33,23 +33,25 @@ def _require_room(plan: Plan, attempt: Attempt) -> None:
     this machine's disks have no place for what a local output gets, or for what tasks write first."""
     nodes: list[dict[str, Any]] = ray.nodes()  # type: ignore[no-untyped-call]
     room = max((node["Resources"].get("memory", 0) for node in nodes if node["Alive"]), default=0)
+    cpus = max((int(node["Resources"].get("CPU", 1)) for node in nodes if node["Alive"]), default=1)
     if plan.task_bytes > room:
         raise IndexBuildError(
             f"Filling an index shard needs {plan.task_bytes:,} bytes; the cluster's largest node gives {room:,.0f}",
             "Raise index.shards, choose a smaller index.index_key, or add memory.",
         )
-    require_disks(plan, attempt.store.local_path(""), len(nodes), attempt.bytes)
+    require_disks(plan, attempt.store.local_path(""), len(nodes), attempt.bytes, cpus)
 
 
-def require_disks(plan: Plan, output: Path | None, nodes: int = 1, there: int = 0) -> None:
+def require_disks(plan: Plan, output: Path | None, nodes: int = 1, there: int = 0, cpus: int = 1) -> None:
     """output: the folder of a local one. nodes: of several, each checks its own scratch space in its tasks. there:
-    bytes of the output that are in their place already."""
+    bytes of the output that are in their place already. cpus: of one node, each of which may be filling at once."""
     needed: dict[Path, int] = {}
     if output is not None:
         needed[_standing(output)] = max(0, plan.output_bytes - there)
     if nodes == 1:
         scratch = Path(tempfile.gettempdir())
-        needed[scratch] = needed.get(scratch, 0) + plan.scratch_bytes
+        at_once = max(1, min(len(plan.runs), cpus))
+        needed[scratch] = needed.get(scratch, 0) + at_once * plan.scratch_bytes
     for folder in needed:
         device = folder.stat().st_dev
         require_free_disk(folder, sum(size for other, size in needed.items() if other.stat().st_dev == device))

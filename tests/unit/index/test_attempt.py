@@ -50,7 +50,7 @@ def test_what_a_build_left_that_died_while_it_was_taken_back_is_not_the_next_one
     store.delete_folder(first.folder)
     for plan in ("b", "a"):
         with attempted(store, HOME, plan, print) as attempt:
-            assert not attempt.taken_up and attempt.learnt() is None and not attempt.filled()
+            assert not attempt.taken_up and attempt.learnt() is None and not list(attempt.filled())
 
 
 def test_notes_that_outlive_their_version_are_nobodys(tmp_path: Path) -> None:

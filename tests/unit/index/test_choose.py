@@ -2,7 +2,17 @@ import pytest
 
 from pipelines.config import IndexConfig
 from pipelines.errors import ConfigError, IndexBuildError
-from pipelines.index.choose import choose_key, clusters, cut, empty_index, parse_bytes, shard_bytes, shard_count
+from pipelines.index.choose import (
+    choose_key,
+    clusters,
+    cut,
+    empty_index,
+    largest_rows,
+    parse_bytes,
+    shard_bytes,
+    shard_count,
+)
+from pipelines.index.plan import make_plan
 from tests.unit.index.test_parts import of_rows
 
 
@@ -31,6 +41,12 @@ def test_what_does_not_fit_says_so() -> None:
 def test_ip_refuses_keys_that_faiss_would_build_wrong(key: str) -> None:
     with pytest.raises(ConfigError, match="OPQ<m>_<d>,IVF<n>,PQ<m>"):
         choose_key(20_000, 32, 1, IndexConfig(index_key=key))
+
+
+@pytest.mark.parametrize("key", ["IVF16,PQ8x8,RFlat", "SQ8,Refine(SQ8)", "NSG16", "IVF16,PQ8x4fs"])
+def test_kinds_that_are_not_known_to_work_are_refused(key: str) -> None:
+    with pytest.raises(ConfigError, match=r"(?s)is of a kind .* do not work with.*Flat, HNSW"):
+        choose_key(20_000, 32, 1, IndexConfig(index_key=key, metric="l2"))
 
 
 @pytest.mark.parametrize("metric", ["ip", "l2"])
@@ -91,6 +107,15 @@ def test_there_are_never_more_index_shards_than_parts() -> None:
     assert all(parts.run(run.start, run.stop).rows for run in runs)
     assert sum(parts.run(run.start, run.stop).rows for run in runs) == 1015
     assert shard_count(parts, IndexConfig()) == 1
+
+
+def test_memory_holds_for_the_largest_run_of_parts() -> None:
+    parts = of_rows(*[1_000] * 10)
+    settings = IndexConfig(index_key="Flat", shard_memory=f"{shard_bytes('Flat', 3_400, parts.dim)}B")
+    plan = make_plan(parts, settings)
+    assert largest_rows(parts, plan.runs) == 3_000 and len(plan.runs) == 4
+    with pytest.raises(IndexBuildError, match=r"(?s)5,000 vectors as Flat needs about .* one part, .* never cut"):
+        make_plan(of_rows(1_000, 5_000, 1_000), settings)
 
 
 def test_memory_says_how_many_index_shards_a_key_needs() -> None:

@@ -17,7 +17,7 @@ from pipelines.index.recall import Top, exact, recall_at, recall_of
 from pipelines.index.release import CurvePoint, IndexShard, Recall, Rerank
 from pipelines.index.report import FIGURES, markdown
 from pipelines.index.rerank import Coding, scores_of
-from pipelines.index.room import require_disks, require_free_disk
+from pipelines.index.room import DiskFullError, require_disks, require_free_disk
 from pipelines.index.train import train
 from pipelines.index.tune import around
 from tests.unit.index.test_parts import of_rows
@@ -176,3 +176,6 @@ def test_a_disk_without_room_is_told_before_anything_starts(tmp_path: Path, monk
     require_disks(plan, None)
     require_disks(plan, tmp_path, nodes=4)
     require_free_disk(tmp_path, free)
+    require_disks(plan, tmp_path, there=1)
+    with pytest.raises(DiskFullError, match=f"needs about {plan.output_bytes + 2 * plan.scratch_bytes - 9:,} bytes"):
+        require_disks(plan, tmp_path, there=9, cpus=16)
