@@ -145,7 +145,7 @@ def _fitting(key: str, parts: Parts, settings: IndexConfig, least: int, most: in
     """From `least` to `most`, the first count of index shards each of which is within its memory; else `most`."""
     budget = parse_bytes(settings.shard_memory)
     start = max(1, least, shard_bytes(key, parts.rows, parts.dim) // max(1, budget))
-    if shard_bytes(key, max(part.rows for part in parts.ranges), parts.dim) > budget:
+    if shard_bytes(key, max((part.rows for part in parts.ranges), default=0), parts.dim) > budget:
         return most
     fitting = (
         n for n in range(start, most) if shard_bytes(key, largest_rows(parts, cut(parts, n)), parts.dim) <= budget
@@ -155,7 +155,7 @@ def _fitting(key: str, parts: Parts, settings: IndexConfig, least: int, most: in
 
 def largest_rows(parts: Parts, runs: Sequence[range]) -> int:
     """Vectors of the largest of the runs."""
-    return max(sum(parts.ranges[at].rows for at in run) for run in runs)
+    return max((sum(parts.ranges[at].rows for at in run) for run in runs), default=0)
 
 
 def cut(parts: Parts, shards: int) -> list[range]:
