@@ -56,6 +56,7 @@ from pipelines.index.release import (
     Recall,
     Release,
     Rerank,
+    advance,
     claim_id_space,
     current_version,
     finish,
@@ -196,7 +197,7 @@ def settle(store: Store, release: Release, settings: IndexConfig, progress: Prog
         require_publishable(store, release, settings.floor)
         # Looked at again: that took a while, in which another build may have been published.
         if not _had_its_turn(store, release, progress):
-            make_current(store, release, settings.keep, progress)
+            make_current(store, release, settings.keep, progress, advance)
     elif current_version(store, index_folder(release.encoder, release.modality)) == release.version:
         # Whoever made it so may have died before this was through.
         delete_superseded(store, release, settings.keep, progress)

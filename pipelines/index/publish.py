@@ -32,6 +32,7 @@ from pipelines.record import read_record
 from pipelines.storage import Store
 
 Say = Callable[[str], None]
+Move = Callable[[Store, str, str], None]
 
 
 @dataclass(frozen=True)
@@ -72,10 +73,13 @@ def require_publishable(store: Store, release: Release, floor: float) -> None:
         raise NotPublishedError(release, barred)
 
 
-def make_current(store: Store, release: Release, keep: int, say: Say = lambda line: None) -> None:
+def make_current(
+    store: Store, release: Release, keep: int, say: Say = lambda line: None, move: Move = point_at
+) -> None:
     """The second half of `publish`, for a release that nothing bars."""
-    point_at(store, index_folder(release.encoder, release.modality), release.version)
-    say(f"{release.folder} is the current release")
+    home = index_folder(release.encoder, release.modality)
+    move(store, home, release.version)
+    say(f"{home}/{current_version(store, home)} is the current release")
     delete_superseded(store, release, keep, say)
 
 

@@ -255,6 +255,22 @@ def point_at(store: Store, folder: str, version: str) -> None:
         swap(store, folder, version)
 
 
+def advance(store: Store, folder: str, version: str) -> None:
+    """As `point_at`, but never back: of builds that end at the same moment the newest is the current one in the end.
+
+    Each notes itself before it moves the pointer, and looks for newer notes once it has.
+    """
+    current = current_version(store, folder)
+    if current and number_of(current) >= number_of(version):
+        return
+    _note(store, folder, version, Publication(before=current))
+    store.put_atomic(f"{folder}/{POINTER}", version.encode())
+    for newer in finished(store, folder):
+        known = publication(store, folder, newer)
+        if number_of(newer) > number_of(version) and known and not known.withdrawn:
+            store.put_atomic(f"{folder}/{POINTER}", newer.encode())
+
+
 def swap(store: Store, folder: str, version: str) -> None:
     """Points `CURRENT` at a release: readers see the one before or this one, and nothing between."""
     current = current_version(store, folder)

@@ -19,7 +19,16 @@ from pipelines.index.publish import (
     require_files,
     rollback,
 )
-from pipelines.index.release import Recall, Release, current_version, finish, newest_or_none, point_at, read_release
+from pipelines.index.release import (
+    Recall,
+    Release,
+    advance,
+    current_version,
+    finish,
+    newest_or_none,
+    point_at,
+    read_release,
+)
 from pipelines.ledger import Commit
 from pipelines.record import RunRecord, read_record, write_record
 from pipelines.search import Searcher
@@ -54,6 +63,26 @@ def another(store: Store, version: str, recall: float = 1.0, reranked: float | N
 
 def states(store: Store) -> dict[str, str]:
     return {listed.version: listed.state for listed in list_releases(store, ENCODER, "image")}
+
+
+class Overtaken(Store):
+    """Where v0003 becomes the current one just before v0002 moves the pointer."""
+
+    def put_atomic(self, path: str, data: bytes | Path) -> None:
+        if data == b"v0002":
+            advance(Store(self.root), HOME, "v0003")
+        super().put_atomic(path, data)
+
+
+def test_of_two_builds_that_end_at_once_the_newer_is_current(store: Store) -> None:
+    for version in ("v0002", "v0003"):
+        another(store, version)
+    advance(Overtaken(store.root), HOME, "v0002")
+    assert current_version(store, HOME) == "v0003"
+    advance(store, HOME, "v0002")
+    assert current_version(store, HOME) == "v0003"
+    point_at(store, HOME, "v0002")
+    assert current_version(store, HOME) == "v0002"
 
 
 def test_a_release_is_published_and_rolled_back_step_by_step(store: Store) -> None:
