@@ -126,3 +126,4 @@ def test_memory_says_how_many_index_shards_a_key_needs() -> None:
         settings = IndexConfig(index_key="Flat", shard_memory=budget)
         assert shard_count(parts, settings) == count
     assert shard_count(parts, settings.model_copy(update={"shards": 3})) == 3, "a number that is given stands"
+    assert shard_count(parts.run(0, 0), settings) == 0, "an update may have nothing but what is gone"
