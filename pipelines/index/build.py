@@ -116,7 +116,7 @@ def build_index(
     with attempt_at(store, encoder, modality, digest_of(plan, settings, fingerprint), progress) as attempt:
         require_room(plan, attempt)
         build = Build(attempt, encoder, modality, plan, settings)
-        return build_and_settle(build, id_space(store, attempt.home, latest, parts, progress), fingerprint, progress)
+        return build_and_settle(build, kept_id_space(latest, parts, progress), fingerprint, progress)
 
 
 @contextmanager
@@ -163,7 +163,8 @@ def require_one_vector(parts: Parts, encoder: str, modality: Modality) -> None:
         )
 
 
-def build_and_settle(build: Build, id_space: int, fingerprint: str, progress: Progress) -> Release:
+def build_and_settle(build: Build, id_space: int | None, fingerprint: str, progress: Progress) -> Release:
+    """id_space: None for one that there never was."""
     plan = build.plan
     filled = plan.new_parts
     progress(f"{filled.rows:,} vectors of {filled.dim} dimensions in {len(filled.ranges)} parts")
@@ -174,13 +175,15 @@ def build_and_settle(build: Build, id_space: int, fingerprint: str, progress: Pr
                 f"{dead} is unfinished: another build is at it, or died; if none runs, `vecmill collect` clears it"
             )
     try:
-        release = build.release(id_space, fingerprint, progress)
+        release = build.release(id_space or 0, fingerprint, progress)
     except DiskFullError:
         raise
     except (ConfigError, IndexBuildError):
         # What is wrong with its parts will still be so; whatever else ended it, the next build goes on from here.
         build.attempt.clear()
         raise
+    if id_space is None:
+        release = release.model_copy(update={"id_space": fresh_id_space(build)})
     try:
         require_own_ids(build.store, release)
     except IndexBuildError:
@@ -232,15 +235,20 @@ def require_own_ids(store: Store, release: Release) -> None:
             )
 
 
-def id_space(store: Store, home: str, latest: Release | None, parts: Parts, progress: Progress) -> int:
-    """The latest's while its ids stay valid, else one that there never was."""
+def fresh_id_space(build: Build) -> int:
+    newest = newest_or_none(build.store, build.encoder, build.modality)
+    return claim_id_space(build.store, build.attempt.home, newest.id_space + 1 if newest else 1)
+
+
+def kept_id_space(latest: Release | None, parts: Parts, progress: Progress) -> int | None:
+    """The latest's while its ids stay valid."""
     if latest is None:
-        return claim_id_space(store, home)
+        return None
     known = latest.parts.ranges
     if parts.ranges[: len(known)] == known:
         return latest.id_space
     progress("Parts of the latest release are gone or replaced: ids start anew")
-    return claim_id_space(store, home, latest.id_space + 1)
+    return None
 
 
 def recorded_fingerprint(store: Store, encoder: str) -> str:
