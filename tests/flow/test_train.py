@@ -176,7 +176,7 @@ def test_on_photos_the_loss_falls_and_what_was_trained_on_is_found(photos: Path,
     path = write_recipe(photos / f"{identity}.yaml", photos / "reid_raw.json", output, **recipe)
     vecmill("train", path, "--address", ray_local)
     told = json.loads((output / "metrics.json").read_text())["epochs"]
-    assert told[-1]["loss"] < 0.8 * told[0]["loss"]
+    assert told[-1]["loss"] < 0.9 * told[0]["loss"]
     classes = json.loads((output / "survey.json").read_text())["classes"]
     assert len(classes) == (PHOTOS if identity == "id" else 2 * PHOTOS)
     # A caption by chance finds its own among 200 images in 5 of 100 times, and one of two in 10.
