@@ -5,7 +5,8 @@ from __future__ import annotations
 import json
 import sys
 import time
-from typing import Any
+from collections.abc import Callable
+from typing import Any, Self
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
@@ -36,19 +37,19 @@ def size(count: float) -> str:
     raise AssertionError
 
 
-class RunProgress:
-    """A bar in a terminal; elsewhere one JSON line every 30 s. Called with the meter's reading."""
+class LiveProgress:
+    """A bar in a terminal; elsewhere one JSON line every 30 s."""
 
-    def __init__(self, shards: int, what: str = "shards") -> None:
-        self._shards, self._started, self._last_line = shards, time.monotonic(), time.monotonic()
-        self._bar = self._task = None
+    def __init__(self, title: str, unit: str, told: str, total: int | None, **fields: Any) -> None:
+        """told: what stands behind the bar, a format of `task.fields`, of which `fields` are those to begin with."""
+        self._started = self._last_line = time.monotonic()
+        self._bar: Progress | None = None
         if err.is_terminal:
-            columns = [TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TextColumn(what)]
-            rate = TextColumn("{task.fields[rows]} rows, {task.fields[rate]:.0f}/s")
-            self._bar = Progress(*columns, rate, TimeElapsedColumn(), TimeRemainingColumn(), console=err)
-            self._task = self._bar.add_task("embedding", total=shards, rows=0, rate=0.0)
+            columns = [TextColumn(title), BarColumn(), MofNCompleteColumn(), TextColumn(unit), TextColumn(told)]
+            self._bar = Progress(*columns, TimeElapsedColumn(), TimeRemainingColumn(), console=err)
+            self._task = self._bar.add_task(title, total=total, **fields)
 
-    def __enter__(self) -> RunProgress:
+    def __enter__(self) -> Self:
         if self._bar:
             self._bar.start()
         return self
@@ -57,22 +58,35 @@ class RunProgress:
         if self._bar:
             self._bar.stop()
 
+    def show(self, line: Callable[[], dict[str, Any]], **bar: Any) -> None:
+        """line: what a JSON line tells. bar: what the bar does, as Rich's `Progress.update` takes it."""
+        if self._bar:
+            self._bar.update(self._task, **bar)
+        elif time.monotonic() - self._last_line >= LINE_EVERY_S:
+            self._last_line = time.monotonic()
+            print(json.dumps({"event": "progress", **line()}), file=sys.stderr, flush=True)
+
+
+class RunProgress(LiveProgress):
+    """Of embedding. Called with the meter's reading."""
+
+    def __init__(self, shards: int, what: str = "shards") -> None:
+        self._shards = shards
+        super().__init__(
+            "embedding", what, "{task.fields[rows]} rows, {task.fields[rate]:.0f}/s", shards, rows=0, rate=0.0
+        )
+
     def __call__(self, stages: Stages) -> None:
         written = stages.get("write", {})
         done, rows = int(written.get("shards", 0)), int(written.get("rows", 0))
         elapsed = time.monotonic() - self._started
         encoded = stages.get("encode", {}).get("rows", 0)
         rate = encoded / elapsed if elapsed else 0.0
-        if self._bar and self._task is not None:
-            self._bar.update(self._task, completed=done, rows=rows, rate=rate)
-        elif time.monotonic() - self._last_line >= LINE_EVERY_S:
-            self._last_line = time.monotonic()
-            self._line(stages, done, rate, elapsed)
+        self.show(lambda: self._line(stages, done, rate, elapsed), completed=done, rows=rows, rate=rate)
 
-    def _line(self, stages: Stages, done: int, rate: float, elapsed: float) -> None:
+    def _line(self, stages: Stages, done: int, rate: float, elapsed: float) -> dict[str, Any]:
         left = (self._shards - done) * elapsed / done if done else None
-        line = {
-            "event": "progress",
+        return {
             "shards_done": done,
             "shards": self._shards,
             "rows": {stage: int(numbers.get("rows", 0)) for stage, numbers in stages.items()},
@@ -80,7 +94,6 @@ class RunProgress:
             "elapsed_s": round(elapsed),
             "eta_s": None if left is None else round(left),
         }
-        print(json.dumps(line), file=sys.stderr, flush=True)
 
 
 def print_plan(facts: dict[str, Any]) -> None:

@@ -3,16 +3,14 @@
 from __future__ import annotations
 
 import json
-import sys
 import time
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from jobs import options
 from jobs.cluster import connected
-from jobs.console import LINE_EVERY_S, err, out, print_plan, size
+from jobs.console import LiveProgress, err, out, print_plan, size
 from pipelines.config import load_settings
 from pipelines.observe import Stages, duration
 from pipelines.storage import Store, whole_uri
@@ -134,28 +132,14 @@ def epoch_line(told: dict[str, Any]) -> str:
     return "  ".join([*parts, duration(told["seconds"])])
 
 
-class TrainProgress:
-    """A bar of steps in a terminal, elsewhere one JSON line every 30 s; and a line for each epoch."""
+class TrainProgress(LiveProgress):
+    """Of training, in steps; and a line for each epoch."""
 
     def __init__(self, run: TrainRun) -> None:
         self._store, self._epochs, self._told = run.store, run.config.optim.epochs, run.done
-        self._done = self._steps = self._before = 0
-        self._started = self._last_line = time.monotonic()
-        self._bar = self._task = None
-        if err.is_terminal:
-            columns = [TextColumn("training"), BarColumn(), MofNCompleteColumn(), TextColumn("steps")]
-            rate = TextColumn("{task.fields[rate]:.0f} pairs/s, loss {task.fields[loss]:.3f}")
-            self._bar = Progress(*columns, rate, TimeElapsedColumn(), TimeRemainingColumn(), console=err)
-            self._task = self._bar.add_task("training", total=None, rate=0.0, loss=0.0)
-
-    def __enter__(self) -> TrainProgress:
-        if self._bar:
-            self._bar.start()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        if self._bar:
-            self._bar.stop()
+        self._steps = self._before = 0
+        told = "{task.fields[rate]:.0f} pairs/s, loss {task.fields[loss]:.3f}"
+        super().__init__("training", "steps", told, None, rate=0.0, loss=0.0)
 
     def surveyed(self, task: Task) -> None:
         found, per_epoch = task.survey, task.steps_per_epoch
@@ -175,24 +159,23 @@ class TrainProgress:
         steps, elapsed = int(now.get("steps", 0)), time.monotonic() - self._started
         rate = now.get("rows", 0.0) / elapsed if elapsed else 0.0
         loss = now.get("loss", 0.0) / max(1.0, now.get("losses", 0.0))
-        if self._bar and self._task is not None:
-            done = self._before + steps
-            self._bar.update(self._task, total=self._steps or None, completed=done, rate=rate, loss=loss)
-        elif steps and time.monotonic() - self._last_line >= LINE_EVERY_S:
-            self._last_line = time.monotonic()
-            self._line(steps, rate, elapsed)
+        self.show(
+            lambda: self._line(steps, rate, elapsed),
+            total=self._steps or None,
+            completed=self._before + steps,
+            rate=rate,
+            loss=loss,
+        )
 
-    def _line(self, steps: int, rate: float, elapsed: float) -> None:
-        left = max(0, self._steps - self._before - steps) * elapsed / steps
-        line = {
-            "event": "progress",
+    def _line(self, steps: int, rate: float, elapsed: float) -> dict[str, Any]:
+        left = max(0, self._steps - self._before - steps) * elapsed / steps if steps else None
+        return {
             "steps_done": self._before + steps,
             "steps": self._steps,
             "pairs_per_second": round(rate, 1),
             "elapsed_s": round(elapsed),
-            "eta_s": round(left),
+            "eta_s": None if left is None else round(left),
         }
-        print(json.dumps(line), file=sys.stderr, flush=True)
 
     def _tell_epochs(self) -> None:
         from pipelines.training.checkpoint import read_history
