@@ -1,7 +1,7 @@
 """What every worker does, on one CPU or one of many GPUs: epochs of steps, evaluation, checkpoints.
 
-All that is random comes from the seed, the epoch, the step and the worker's rank, so that a step goes the same whether
-or not the run was killed before it.
+All that is random comes from the seed, the epoch and the worker's rank, and a checkpoint within an epoch has how far
+the draws are, so that a step goes the same whether or not the run was killed before it.
 """
 
 from __future__ import annotations
@@ -120,6 +120,10 @@ class Worker:
         if self.averaged is not None:
             self.averaged.load_state_dict(state["averaged"])
         self.epoch, self.tally, self.history = state["epoch"], Tally(**state["tally"]), json.loads(state["history"])
+        if self.place.rank:
+            torch.manual_seed(hashed(f"{self.optim.seed} {self.position} {self.place.rank}"))
+        else:
+            self.place.set_draws(state["draws"])
 
     def _state(self) -> dict[str, Any]:
         return {
@@ -130,6 +134,7 @@ class Worker:
             "epoch": self.epoch,
             "tally": self.tally.state(),
             "history": json.dumps(self.history),
+            "draws": self.place.draws(),
         }
 
     @property
@@ -191,6 +196,8 @@ class Worker:
         parallel.train()
         if self.frozen:
             self.network.matcher.image_tower.eval()
+        if not self.tally.steps:
+            torch.manual_seed(hashed(f"{self.optim.seed} {self.epoch} {self.place.rank}") % 2**31)
         for batch in self.feed.batches(self.epoch, self.tally.steps):
             self.tally.add(self._step(parallel, batch), len(batch) * self.place.workers)
             self._tell(len(batch))
@@ -202,7 +209,6 @@ class Worker:
             )
 
     def _step(self, parallel: nn.Module, batch: list[Pair]) -> dict[str, Tensor]:
-        torch.manual_seed(hashed(f"{self.optim.seed} {self.epoch} {self.tally.steps} {self.place.rank}"))
         for group in self.optimiser.param_groups:
             group["lr"] = learning_rate(*self.position, self.task.steps_per_epoch, self.optim)
         with self._autocast():

@@ -50,3 +50,13 @@ class Place:
         if self.workers == 1:
             return network
         return nn.parallel.DistributedDataParallel(network)
+
+    def draws(self) -> Tensor:
+        """State of the generator that the device's draws come from."""
+        return torch.get_rng_state() if self.device.type == "cpu" else torch.cuda.get_rng_state(self.device)
+
+    def set_draws(self, state: Tensor) -> None:
+        if self.device.type == "cpu":
+            torch.set_rng_state(state.cpu())
+        else:
+            torch.cuda.set_rng_state(state.cpu(), self.device)
