@@ -194,8 +194,9 @@ def draw(stats: Stats) -> bytes:
     for at, (title, histogram) in enumerate(shown.items(), 1):
         axes = figure.add_subplot(1, panels, at)
         axes.bar(list(histogram), list(histogram.values()))
-        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
-        axes.set(xlabel=title, ylabel="count")
+        for axis in (axes.xaxis, axes.yaxis):
+            axis.set_major_locator(MaxNLocator(integer=True))
+        axes.set(xlabel=title, ylabel="count", xlim=(min(histogram) - 1, max(histogram) + 1))
         axes.grid(alpha=0.3, axis="y")
     if stats.images:
         _draw_channels(figure.add_subplot(1, panels, panels), stats)
