@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 import tarfile
 import time
@@ -12,13 +13,17 @@ from typing import Any
 
 import numpy as np
 import pytest
+import s3fs
 import yaml
 
 from pipelines.queries import Query, embed_queries, query_spec
 from pipelines.scenes import key_of, scene, write_shards
 from pipelines.search import Searcher
+from pipelines.storage import Store
+from pipelines.training.checkpoint import checkpoints
 from tests.flow.command import TIMEOUT_S, Command, vecmill
 from tests.flow.runs import SMALL, embedded
+from tests.unit.training.runs import figures
 
 DATA = os.environ.get("VECMILL_TEST_DATA")
 pytestmark = pytest.mark.timeout(2 * TIMEOUT_S)
@@ -64,16 +69,13 @@ def straight(shards: Path, ray_local: str) -> Path:
     return output
 
 
-def epochs(output: Path) -> list[dict[str, Any]]:
+def epochs(store: Store) -> list[dict[str, Any]]:
     """What an epoch gave, without the time that it took."""
-    told = json.loads((output / "metrics.json").read_text())["epochs"]
-    for epoch in told:
-        del epoch["seconds"], epoch["evaluated"]["seconds"]
-    return list(told)
+    return figures(json.loads(store.read("metrics.json"))["epochs"])
 
 
 def test_metrics_curves_and_evaluation_are_there(straight: Path) -> None:
-    told = epochs(straight)
+    told = epochs(Store(str(straight)))
     assert [epoch["epoch"] for epoch in told] == [1, 2, 3] and told[-1]["loss"] < told[0]["loss"]
     # Broken images are neither trained nor evaluated on, and every other one is in one of the two.
     survey = json.loads((straight / "survey.json").read_text())
@@ -87,21 +89,24 @@ def test_metrics_curves_and_evaluation_are_there(straight: Path) -> None:
     assert {path.name for path in (straight / "model").iterdir()} == {"config.json", "model.safetensors", "vocab.txt"}
 
 
-def test_a_killed_run_goes_on_to_the_same_metrics_and_weights(straight: Path, shards: Path, ray_local: str) -> None:
-    output = shards.parent / "killed"
-    recipe = write_recipe(shards.parent / "killed.yaml", shards, output)
+def test_a_run_in_a_bucket_that_was_killed_goes_on_to_the_same_metrics_and_weights(
+    straight: Path, shards: Path, ray_local: str, s3: dict[str, Any]
+) -> None:
+    s3fs.S3FileSystem(**s3["s3"]).mkdir("train")
+    store, more = Store("s3://train/killed", s3), {"storage": s3, "checkpoint": {"every_steps": 4}}
+    recipe = write_recipe(shards.parent / "killed.yaml", shards, store.root, **more)
     run, deadline = Command(["train", recipe, "--address", ray_local]), time.monotonic() + TIMEOUT_S
-    while not any((output / "checkpoints").glob("epoch-*.pt")):
+    while not checkpoints(store):
         assert run.is_running and time.monotonic() < deadline
         time.sleep(0.05)
     os.kill(run.pid, signal.SIGKILL)
     assert run.wait()[0] == -signal.SIGKILL
-    assert not json.loads((output / "metrics.json").read_text())["finished"]
+    assert EPOCHS not in [epoch for epoch, _ in checkpoints(store)]
     printed = vecmill("train", recipe, "--address", ray_local)
-    assert "going on from their checkpoint" in printed
-    assert epochs(output) == epochs(straight)
-    weights = [(each / "model" / "model.safetensors").read_bytes() for each in (output, straight)]
-    assert weights[0] == weights[1]
+    assert re.search(r"\d+ epochs( and \d+ steps)? were done before; going on from their checkpoint", printed)
+    assert epochs(store) == epochs(Store(str(straight)))
+    assert store.read("model/model.safetensors") == (straight / "model" / "model.safetensors").read_bytes()
+    assert store.read("curves.png").startswith(b"\x89PNG") and len(checkpoints(store)) == 2
 
 
 def test_a_finished_run_does_nothing_and_another_recipe_is_refused(
