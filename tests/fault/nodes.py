@@ -13,10 +13,9 @@ import random
 import re
 import sys
 import tempfile
-import threading
 import time
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -66,27 +65,25 @@ def run(cluster: Any, recipe: dict[str, Any], kill: str | int | None, span_s: fl
     kept: list[Any] = []
     build = pipelines.embed.pipeline
     pipelines.embed.pipeline = lambda *args: kept.append(build(*args)) or kept[-1]
-    ended = threading.Event()
     with ThreadPoolExecutor(1) as pool:
-        killer = pool.submit(kill_nodes, cluster, prepared.store, kill, span_s, ended)
-        try:
-            report = pipelines.embed.embed(prepared)
-        finally:
-            ended.set()
+        running = pool.submit(pipelines.embed.embed, prepared)
+        # Here, since Ray starts nodes from the main thread only.
+        done = kill_nodes(cluster, prepared.store, kill, span_s, running)
+        report = running.result()
     pipelines.embed.pipeline = build
     nodes = nodes_used(kept[0]._write_ds.stats())
-    return {"items": report["encoders"]["clip"]["items"], "done": killer.result(), "nodes": nodes}
+    return {"items": report["encoders"]["clip"]["items"], "done": done, "nodes": nodes}
 
 
-def kill_nodes(cluster: Any, store: Store, kill: str | int | None, span_s: float, ended: threading.Event) -> list[int]:
+def kill_nodes(cluster: Any, store: Store, kill: str | int | None, span_s: float, running: Future[Any]) -> list[int]:
     """How many shards were done each time that a node was dead."""
     if isinstance(kill, int):
-        return list(kill_at_random(cluster, store, random.Random(kill), span_s, ended))
-    return [kill_node(cluster, store, kill, ended)] if kill else []
+        return list(kill_at_random(cluster, store, random.Random(kill), span_s, running))
+    return [kill_node(cluster, store, kill, running)] if kill else []
 
 
-def kill_node(cluster: Any, store: Store, title: str, ended: threading.Event) -> int:
-    while not commits(store) and not ended.wait(0.02):
+def kill_node(cluster: Any, store: Store, title: str, running: Future[Any]) -> int:
+    while not commits(store) and not ends_within(0.02, running):
         pass
     raylet = raylet_of(title)
     (node,) = (node for node in cluster.worker_nodes if node.all_processes["raylet"][0].process.pid == raylet)
@@ -95,15 +92,19 @@ def kill_node(cluster: Any, store: Store, title: str, ended: threading.Event) ->
 
 
 def kill_at_random(
-    cluster: Any, store: Store, moments: random.Random, span_s: float, ended: threading.Event
+    cluster: Any, store: Store, moments: random.Random, span_s: float, running: Future[Any]
 ) -> Iterator[int]:
     """Any node but the head, on which the driver is; another takes its place."""
     for _ in range(KILLS):
-        if ended.wait(moments.uniform(0, span_s / 2)):
+        if ends_within(moments.uniform(0, span_s / 2), running):
             return
         cluster.remove_node(moments.choice([*cluster.worker_nodes]), allow_graceful=False)
         yield commits(store)
         cluster.add_node(**NODE)
+
+
+def ends_within(seconds: float, running: Future[Any]) -> bool:
+    return bool(wait([running], seconds).done)
 
 
 def commits(store: Store) -> int:
