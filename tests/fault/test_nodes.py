@@ -67,7 +67,8 @@ def test_a_node_died_in_the_middle(ended: Ended) -> None:
 def test_nodes_died_at_random_moments(ended: Ended) -> None:
     done = [shards for case in AT_RANDOM for shards in ended.runs[case]["done"]]
     print(done)
-    assert len(done) >= len(AT_RANDOM) and len(set(done)) > 1 and min(done) < SHARDS
+    assert all(ended.runs[case]["done"] for case in AT_RANDOM) and any(0 < shards < SHARDS for shards in done)
+    assert len(set(done)) > 2
 
 
 @pytest.mark.parametrize("case", KILLED)
