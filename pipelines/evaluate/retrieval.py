@@ -213,7 +213,7 @@ def _through_index(
     }
     parts = searchers["found"].parts
     require_one_vector(parts)
-    gallery = StoredItems(store, parts, groups)
+    gallery = StoredItems(store, parts, groups, searchers["found"].findable())
     if same:
         # A release may have other parts, or have them in another order, than there are now.
         queries = collect(gallery, draw(gallery, len(queries), asked.seed)[0], asked.room.tile_rows(0, gallery.dim))
