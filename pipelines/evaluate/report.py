@@ -31,6 +31,8 @@ from pipelines.search import Hit, Searcher
 from pipelines.storage import Store, is_whole_json
 
 EXAMPLES, SEARCHES, HITS, RUNS, LABELS = 3, 4, 6, 20, 20
+OF_A_RUN = ("run", "seconds", "shards", "stages", "bottleneck", "pace")
+LEAST_POINTS, INTERVALS = 3, 60
 STAGES = ("read", "translate", "decode", "encode", "write")
 FIGURES = ("recall@1", "recall@5", "recall@10", "ndcg@10", "map", "median_rank")
 PAGE, DATA = "report.html", "report.json"
@@ -56,7 +58,8 @@ def report(store: Store, folder: str = "report", seed: int = 0) -> dict[str, Any
         "rejects": rejects,
         "labels": dict(told.labels.most_common(LABELS)),
         "runs": [
-            {name: run.get(name) for name in ("run", "seconds", "shards", "stages", "bottleneck")} for run in runs
+            {name: run.get(name) for name in ("run", "seconds", "shards", "stages", "bottleneck", "pace")}
+            for run in runs
         ],
         "evaluations": {encoder: found for encoder in record.encoders if (found := _json(store, kept_at(encoder)))},
         "indexes": {
@@ -146,7 +149,27 @@ def _stages(runs: list[dict[str, Any]]) -> dict[str, Any] | None:
         chart = markup(svg(drawn, "rows a second by stage"))
     cells = ("rows", "seconds", "rows_per_second", "peak_mib")
     rows = [[name, *(f"{numbers.get(cell, 0):,.1f}".removesuffix(".0") for cell in cells)] for name, numbers in known]
-    return {"chart": chart, "rows": rows, "run": run["run"], "bottleneck": run.get("bottleneck")}
+    facts = {"run": run["run"], "bottleneck": run.get("bottleneck")}
+    return {"chart": chart, "rows": rows, "pace": _pace(run.get("pace") or []), **facts}
+
+
+def _pace(points: list[dict[str, Any]]) -> Any:
+    """Rows a second of each stage over the run's time; None of a run that was too short to have any."""
+    if len(points) < LEAST_POINTS:
+        return None
+    seconds = np.array([0.0, *(point["seconds"] for point in points)])
+    # Stages take their rows in blocks: of intervals shorter than those, most have none and some have all.
+    edges = np.linspace(0, seconds[-1], 1 + min(INTERVALS, len(points) // LEAST_POINTS))
+    with figure(9, 2.8, for_page=True) as drawn:
+        axes = drawn.subplots()
+        for stage in (name for name in STAGES if name in points[-1]["rows"]):
+            done = np.interp(edges, seconds, [0, *(point["rows"].get(stage, 0) for point in points)])
+            axes.stairs(np.diff(done) / np.diff(edges), edges, label=stage, linewidth=1.4)
+        axes.set(xlabel="seconds since the run began", ylabel="rows a second", xlim=(0, seconds[-1]))
+        axes.set_ylim(bottom=0)
+        axes.grid(axis="y")
+        axes.legend(loc="center left", bbox_to_anchor=(1, 0.5))
+        return markup(svg(drawn, "rows a second over time"))
 
 
 def _run_row(run: dict[str, Any]) -> list[str]:

@@ -102,8 +102,10 @@ def write_run_report(out: Path) -> None:
         name: {"rows": 400.0, "seconds": 2.0, "rows_per_second": rate, "peak_mib": 100.0}
         for name, rate in (("read", 900.0), ("decode", 200.0), ("encode", 300.0), ("write", 500.0))
     }
+    pace = [{"seconds": float(at), "rows": {"read": 50.0 * at, "write": 40.0 * at}} for at in range(1, 10)]
     for run in ("20260101T000000Z-00000000", "20260102T000000Z-00000000"):
         told = {"run": run, "seconds": 9.0, "shards": {"done_now": 2}, "stages": stages, "bottleneck": "decode"}
+        told["pace"] = pace
         (out / "reports").mkdir(exist_ok=True)
         (out / "reports" / f"{run}.json").write_text(json.dumps(told))
 
@@ -149,6 +151,7 @@ def test_the_report_tells_what_the_output_has(root: Path, pages: dict[str, Path]
         "bad 0",
         "not_utf8",
         "bottleneck: decode",
+        'aria-label="rows a second over time"',
         "label 3",
         "0.4321",
         "recall@10",
@@ -160,6 +163,7 @@ def test_the_report_tells_what_the_output_has(root: Path, pages: dict[str, Path]
     assert document["samples"] == document["images"] == PARTS * ROWS
     assert document["rejects"][ENCODER] == {"truncated_image": 3 * PARTS, "not_utf8": PARTS}
     assert document["evaluations"][ENCODER]["results"] and document["indexes"][f"{ENCODER}/image"]["release"] == "v0001"
+    assert document["runs"][0]["pace"][-1] == {"seconds": 9.0, "rows": {"read": 450.0, "write": 360.0}}
     assert [run["run"] for run in document["runs"]] == ["20260102T000000Z-00000000", "20260101T000000Z-00000000"]
 
 
