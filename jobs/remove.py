@@ -13,10 +13,10 @@ import typer
 
 from jobs.collect import output_store
 from jobs.console import err, out
-from jobs.options import AsJson, OutputArgument
+from jobs.options import AsJson, OutputArgument, text_in
 from pipelines.errors import ConfigError, InputError
 from pipelines.lease import Say
-from pipelines.storage import Store, whole_uri
+from pipelines.storage import Store
 
 if TYPE_CHECKING:
     from pipelines.purge import Purge
@@ -117,10 +117,7 @@ def requester() -> str:
 
 
 def _lines(inputs: Store, file: str | None) -> list[str]:
-    try:
-        lines = inputs.read(whole_uri(file)).decode("utf-8-sig").split("\n") if file else []
-    except (OSError, ValueError, ImportError) as error:
-        raise InputError(f"{file} cannot be read: {error}", "Check the path.") from None
+    lines = text_in(inputs, file).split("\n") if file else []
     return [line for line in dict.fromkeys(line.removesuffix("\r") for line in lines) if line]
 
 

@@ -243,10 +243,16 @@ def _quality(result: dict[str, Any]) -> dict[str, Any]:
     columns = [("exact", result["figures"])]
     if through:
         columns += [("in index", through["found"]), ("exact there", through["exact"]), ("loss", through["loss"])]
-    rows = [[name, *(f"{told[name]:.4g}" if name in told else "" for _, told in columns)] for name in FIGURES]
+    rows = [[name.replace("_", " "), *(_cell(name, told) for _, told in columns)] for name in FIGURES]
     told = f"{result['queries']:,} of {result['of']:,} queries in {result['gallery']:,}"
     title = f"{result['protocol']}: {result['asks']} → {result['finds']}"
     return {"title": title, "told": told, "rows": rows, "head": ["", *(name for name, _ in columns)]}
+
+
+def _cell(name: str, told: dict[str, float]) -> str:
+    if name not in told:
+        return ""
+    return f"{told[name]:,.1f}" if name.endswith("rank") else f"{told[name]:.4f}"
 
 
 def _index(release: Release) -> dict[str, Any]:
