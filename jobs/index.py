@@ -117,7 +117,7 @@ def index(
     if update and force:
         raise ConfigError("--update keeps the training, --force does it again", "Give one of them.")
     settings = index_settings(named, flags, set)
-    with connected(address or (named.recipe.cluster.address if named.recipe else None)):
+    with connected(address or named.address):
         try:
             if update:
                 release = update_index(named.store, folder, modality, update_settings(named, flags, set), tell)

@@ -102,8 +102,10 @@ def write_run_report(out: Path) -> None:
         name: {"rows": 400.0, "seconds": 2.0, "rows_per_second": rate, "peak_mib": 100.0}
         for name, rate in (("read", 900.0), ("decode", 200.0), ("encode", 300.0), ("write", 500.0))
     }
+    pace = [{"seconds": float(at), "rows": {"read": 50.0 * at, "write": 40.0 * at}} for at in range(1, 10)]
     for run in ("20260101T000000Z-00000000", "20260102T000000Z-00000000"):
         told = {"run": run, "seconds": 9.0, "shards": {"done_now": 2}, "stages": stages, "bottleneck": "decode"}
+        told["pace"] = pace
         (out / "reports").mkdir(exist_ok=True)
         (out / "reports" / f"{run}.json").write_text(json.dumps(told))
 
@@ -124,8 +126,11 @@ def write_training(root: Path) -> None:
     """What a training job leaves beside its model, for one encoder."""
     made = root / "trained"
     made.mkdir()
-    Image.new("RGB", (400, 200), "white").save(made / "curves.png")
-    (made / "metrics.json").write_text(json.dumps({"best": {"recall@1": 0.4321}, "epochs": [1, 2], "ok": True}))
+    epochs = [
+        {"epoch": at, "lr": 0.01, "loss": 1 / at, "text_to_image": {f"recall@{k}": at * k / 1e3 for k in (1, 5, 10)}}
+        for at in range(1, 5)
+    ]
+    (made / "metrics.json").write_text(json.dumps({"finished": True, "best_epoch": 3, "epochs": epochs}))
     run = root / "out" / "run.json"
     record = json.loads(run.read_text())
     record["encoders"][ENCODER]["spec"]["reference"] = f"local-dir:{made / 'model'}"
@@ -149,8 +154,11 @@ def test_the_report_tells_what_the_output_has(root: Path, pages: dict[str, Path]
         "bad 0",
         "not_utf8",
         "bottleneck: decode",
+        'aria-label="rows a second over time"',
         "label 3",
-        "0.4321",
+        "the model is of epoch 3 of 4",
+        'aria-label="recall, caption to image"',
+        "<td>text to image recall@10</td><td>0.03</td>",
         "recall@10",
         "captions: text → image",
         "Sample searches: text → image",
@@ -158,8 +166,10 @@ def test_the_report_tells_what_the_output_has(root: Path, pages: dict[str, Path]
         assert told in html, told
     document = json.loads(pages["report"].with_name("report.json").read_text())
     assert document["samples"] == document["images"] == PARTS * ROWS
+    assert [told["loss"] for told in document["training"][ENCODER]["epochs"]] == [1 / at for at in range(1, 5)]
     assert document["rejects"][ENCODER] == {"truncated_image": 3 * PARTS, "not_utf8": PARTS}
     assert document["evaluations"][ENCODER]["results"] and document["indexes"][f"{ENCODER}/image"]["release"] == "v0001"
+    assert document["runs"][0]["pace"][-1] == {"seconds": 9.0, "rows": {"read": 450.0, "write": 360.0}}
     assert [run["run"] for run in document["runs"]] == ["20260102T000000Z-00000000", "20260101T000000Z-00000000"]
 
 
