@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -25,7 +26,7 @@ from pipelines.record import read_record
 from pipelines.storage import Store
 
 if TYPE_CHECKING:
-    from pipelines.index.release import Release
+    from pipelines.index.release import Release, Variant
 
 IndexKey = Annotated[
     str | None, typer.Option(help="FAISS factory string, as in OPQ64_256,IVF4096,PQ64x8; chosen if left out.")
@@ -50,6 +51,10 @@ Floor = Annotated[
     float | None, typer.Option(help="recall@10, re-ranked, below which a release is not published; 0.9 if left out.")
 ]
 Seed = Annotated[int | None, typer.Option(help="Of the training sample and the queries.")]
+Compare = Annotated[
+    bool,
+    typer.Option("--variants", help="Compare keys of Flat, PCA, SQ, PQ, OPQ and IVF on a sample, in report.md."),
+]
 Update = Annotated[
     bool,
     typer.Option(
@@ -76,6 +81,7 @@ def index(
     rerank: Rerank = None,
     floor: Floor = None,
     seed: Seed = None,
+    variants: Compare = False,
     set: Set = None,
     address: Address = None,
     update: Update = False,
@@ -113,6 +119,7 @@ def index(
         "rerank": rerank,
         "floor": floor,
         "seed": seed,
+        "variants": "auto" if variants else None,
     }
     if update and force:
         raise ConfigError("--update keeps the training, --force does it again", "Give one of them.")
@@ -129,6 +136,12 @@ def index(
         print_release(named.store, release)
         if merge:
             join(named.store, release, tell)
+
+
+def recalls_at_10(row: Variant) -> Iterator[tuple[str, float]]:
+    for kind, alone in row.recall.items():
+        yield kind, alone["recall@10"]
+        yield f"{kind} re-ranked", row.reranked[kind]["recall@10"]
 
 
 def tell(line: str) -> None:
@@ -169,6 +182,9 @@ def print_release(store: Store, release: Release) -> None:
                 f"  recall  {kind} queries ({count:,}), {how}: {shown}  {ms:.2f} ms  {each:,.0f} bytes a vector",
                 markup=False,
             )
+    for row in release.variants.rows if release.variants else ():
+        found = "  ".join(f"{kind} {value:.3f}" for kind, value in recalls_at_10(row))
+        out.print(f"  variant {row.key}: recall@10 {found}  {row.bytes_per_vector:,.0f} bytes a vector", markup=False)
     took = ", ".join(f"{stage} {duration(seconds)}" for stage, seconds in release.seconds.items())
     out.print(f"  time    {took}", markup=False)
     out.print(f"  ids     {release.round_trips} sampled ids led back to their row, key and vector", markup=False)

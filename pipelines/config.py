@@ -177,6 +177,10 @@ class IndexConfig(Section):
     floor: float = Field(
         0.9, ge=0, le=1, description="recall@10, re-ranked, below which a release is built and not published"
     )
+    variants: list[str] | Literal["auto", "none"] = Field(
+        "none", description="keys to compare on a sample, in the report; auto: Flat, PCA, SQ, PQ, OPQ and IVF ones"
+    )
+    variant_vectors: PositiveInt = Field(10_000, description="vectors sampled for index.variants")
     drift_warning: float = Field(
         1.5, gt=0, description="error of new vectors over that of the old, above which an update says to train anew"
     )

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import uuid
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -40,7 +40,7 @@ from pipelines.index.measure import (
     require_whole,
     rerank_ms,
 )
-from pipelines.index.parts import BATCH_BYTES, Parts, Vectors, embeddings_folder, list_parts
+from pipelines.index.parts import BATCH_BYTES, Ids, Parts, Vectors, embeddings_folder, list_parts, pick
 from pipelines.index.plan import Plan, make_plan
 from pipelines.index.publish import delete_superseded, make_current, require_publishable
 from pipelines.index.queries import Queries, caption_queries, split_sample
@@ -56,6 +56,7 @@ from pipelines.index.release import (
     Recall,
     Release,
     Rerank,
+    Variants,
     advance,
     claim_id_space,
     current_version,
@@ -76,6 +77,7 @@ from pipelines.index.room import DiskFullError, require_room
 from pipelines.index.selection import standing
 from pipelines.index.train import train
 from pipelines.index.tune import apply, around, batch_query_ms, least, query_ms, tune
+from pipelines.index.variants import compare
 from pipelines.lease import held
 from pipelines.observe import Clock, peak_memory_mib
 from pipelines.record import read_record
@@ -262,13 +264,20 @@ def recorded_fingerprint(store: Store, encoder: str) -> str:
 
 
 def is_current(latest: Release, parts: Parts, settings: IndexConfig, fingerprint: str) -> bool:
-    made_by = (latest.parts, _building(latest.settings), latest.fingerprint)
-    return made_by == (parts, _building(settings.model_dump(mode="json")), fingerprint)
+    made_by = (latest.parts, _building(_with_defaults(latest.settings)), latest.fingerprint)
+    same = made_by == (parts, _building(settings.model_dump(mode="json")), fingerprint)
+    return same and (settings.variants == "none" or latest.settings.get("variants") == settings.variants)
+
+
+def _with_defaults(settings: dict[str, Any]) -> dict[str, Any]:
+    """Those of today, of a release that was made before some of them were known."""
+    return {**IndexConfig().model_dump(mode="json"), **settings}
 
 
 def _building(settings: dict[str, Any]) -> dict[str, Any]:
-    """Without those that decide what becomes of a release."""
-    return {name: value for name, value in settings.items() if name not in ("floor", "keep")}
+    """Without those that decide what becomes of a release, or what else is told of it."""
+    told = ("floor", "keep", "variants", "variant_vectors")
+    return {name: value for name, value in settings.items() if name not in told}
 
 
 class Build:
@@ -299,6 +308,7 @@ class Build:
             tuned = self.tune(shards, queries, self.decided(shards, asked, coding, progress))
         with self.stage("recall"):
             measured = self.measure(shards, tuned, asked, coding)
+        variants = self.variants(tuned, queries, progress)
         release = Release(
             version=self.version,
             id_space=id_space,
@@ -321,6 +331,7 @@ class Build:
             bytes_per_vector=bytes_per_vector(shards),
             trained=learnt.trained,
             asked=keep_asked(self.store, self.folder, self.kept(asked)),
+            variants=variants,
             **self.grown(learnt, queries, progress),
             **measured,
         )
@@ -348,14 +359,18 @@ class Build:
         """The training sample, float32 [n, dim], and the queries; each part's share read in its run's task."""
         drawn = self.plan.draw
         progress(f"reading {len(drawn.train):,} vectors to train on and {len(drawn.queries):,} to ask for")
-        runs = zip(self.plan.run_parts(), self.plan.run_positions(), strict=True)
-        refs = [read_task.remote(self.store, parts, positions) for parts, positions in runs]
-        sample, own = split_sample(map(get, refs), drawn, self.plan.parts.dim)
+        sample, own = split_sample(self.read_at(drawn.positions), drawn, self.plan.parts.dim)
         captions = caption_queries(self.store, self.encoder, self.plan.new_parts, self.settings)
         kinds: dict[str, Vectors] = {self.modality: own}
         if self.modality == "image" and captions is not None:
             kinds["text"] = captions
         return sample, Queries(kinds, drawn.ids(self.plan.parts)[drawn.queries])
+
+    def read_at(self, positions: Sequence[Ids]) -> Iterator[Vectors]:
+        """float32 [n, dim] of each run of parts, whose sorted positions of each part are given."""
+        runs = zip(self.plan.run_parts(), self.plan.runs, strict=True)
+        refs = [read_task.remote(self.store, parts, positions[run.start : run.stop]) for parts, run in runs]
+        return map(get, refs)
 
     def train(self, sample: Vectors) -> KeptFile:
         """The empty trained index that every index shard starts from."""
@@ -412,6 +427,19 @@ class Build:
             # None may go on to write what is then taken back.
             stop(refs)
             raise
+
+    def variants(self, tuned: Tuned, queries: Queries, progress: Progress) -> Variants | None:
+        """Other keys compared on a sample of the parts, without the queries; None where that is not asked for."""
+        if self.settings.variants == "none":
+            return None
+        with self.stage("variants"):
+            parts = self.plan.parts
+            positions = pick(parts, self.settings.variant_vectors, self.settings.seed + 1)
+            progress(f"comparing other keys on {sum(map(len, positions)):,} vectors")
+            ids = np.concatenate([part.offset + at for part, at in zip(parts.ranges, positions, strict=True)])
+            sample = np.concatenate([*self.read_at(positions)])[~np.isin(ids, queries.own)]
+            found = compare(self.settings, (self.plan.key, tuned.params), sample, queries, progress)
+            return found and found.model_copy(update={"version": self.version})
 
     def kept(self, asked: Asked) -> Asked:
         """What the next update is measured with."""

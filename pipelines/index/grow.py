@@ -33,7 +33,7 @@ from pipelines.index.plan import Plan
 from pipelines.index.publish import require_files
 from pipelines.index.queries import Queries
 from pipelines.index.recall import Top
-from pipelines.index.release import IndexShard, Release, load_index, newest_or_none
+from pipelines.index.release import IndexShard, Release, Variants, load_index, newest_or_none
 from pipelines.index.removed import holds_removed
 from pipelines.index.rerank import rerank_dtype
 from pipelines.index.room import require_room
@@ -85,7 +85,7 @@ def require_same(base: Release, settings: IndexConfig, fingerprint: str) -> None
     has = base.rerank.coding.dtype if base.rerank else "none"
     queries = base.settings["recall_queries"], settings.recall_queries
     pinned = base.search_params if settings.search_params is None else settings.search_params
-    wanted = {
+    wanted: dict[str, tuple[Any, Any]] = {
         "fingerprint": (base.fingerprint, fingerprint),
         "metric": (base.metric, settings.metric),
         "index_key": (base.index_key, settings.index_key or base.index_key),
@@ -93,6 +93,7 @@ def require_same(base: Release, settings: IndexConfig, fingerprint: str) -> None
         "search_params": (base.search_params, pinned),
         "target_recall": (base.settings.get("target_recall"), settings.target_recall),
         "max_query_ms": (base.settings.get("max_query_ms", settings.max_query_ms), settings.max_query_ms),
+        "variants": (base.settings.get("variants", "none"), settings.variants),
         # Of queries that the base was not asked, the nearest in it are not known.
         **({} if all(queries) else {"recall_queries": queries}),
     }
@@ -207,6 +208,10 @@ class Update(Build):
         ids = top.ids.copy()
         ids[len(self.asked.bounds) :] = -1
         return Top(ids, top.scores)
+
+    def variants(self, *_: Any) -> Variants | None:
+        """The base's: of old vectors it reads none."""
+        return self.base.variants
 
     def kept(self, asked: Asked) -> Asked:
         return asked.first(len(self.asked.bounds))

@@ -113,6 +113,39 @@ class CurvePoint(BaseModel):
     reranked: dict[str, float] = {}
 
 
+class Variant(BaseModel):
+    """One key in a comparison. metric: that it was built with. bytes_per_vector: what its file grows by, id included.
+
+    recall, reranked: by kind of query, recall@1 and recall@10 of the index alone and re-scored with whole vectors.
+    """
+
+    model_config = ConfigDict(frozen=True)
+
+    key: str
+    metric: str
+    search_params: str
+    bytes_per_vector: float
+    query_ms: float
+    batch_query_ms: float
+    train_s: float
+    recall: dict[str, dict[str, float]]
+    reranked: dict[str, dict[str, float]]
+
+
+class Variants(BaseModel):
+    """Keys compared on one sample. vectors, queries: how many, these by kind. factor: candidates re-scored a hit.
+    version: the release that was built when they were."""
+
+    model_config = ConfigDict(frozen=True)
+
+    vectors: int
+    queries: dict[str, int]
+    metric: str
+    factor: int
+    rows: tuple[Variant, ...]
+    version: str = ""
+
+
 class Release(BaseModel):
     """The whole of `manifest.json`.
 
@@ -123,6 +156,7 @@ class Release(BaseModel):
     round_trips: sampled ids that led back to part, row and key, and to the very vector that was indexed.
     trained: the empty index that every index shard started from. asked: what recall was measured with.
     grown_from: the release whose index shards are in it. drift: of what was added to them.
+    variants: other keys, compared on a sample.
     """
 
     model_config = ConfigDict(frozen=True)
@@ -155,6 +189,7 @@ class Release(BaseModel):
     grown_from: str | None = None
     drift: Drift | None = None
     batch_query_ms: float = 0.0
+    variants: Variants | None = None
 
     @property
     def folder(self) -> str:
