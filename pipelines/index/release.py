@@ -22,6 +22,7 @@ CHART = "curve.svg"
 PUBLISHED = "published"
 ID_SPACES = "id_spaces"
 TRAINED = "trained.faiss"
+MERGED = "merged.json"
 _VERSION = re.compile(r"v\d{4,}")
 
 
@@ -61,6 +62,15 @@ class KeptFile(BaseModel):
     file: str
     bytes: int
     sha256: str
+
+
+ReleaseFile = IndexShard | SideFile | KeptFile
+
+
+class Merged(BaseModel):
+    """The whole of `merged.json`: the files that a release's index shards were merged into, after its manifest."""
+
+    files: tuple[KeptFile, ...]
 
 
 class Recall(BaseModel):
@@ -196,7 +206,7 @@ class Release(BaseModel):
         return f"{index_folder(self.encoder, self.modality)}/{self.version}"
 
     @property
-    def files(self) -> list[IndexShard | SideFile | KeptFile]:
+    def files(self) -> list[ReleaseFile]:
         shards = [file for shard in self.shards for file in (shard, shard.side) if file]
         return [*shards, *(file for file in (self.trained, self.asked) if file)]
 
@@ -382,6 +392,13 @@ def newest_or_none(store: Store, encoder: str, modality: str) -> Release | None:
     """The release that was built last, published or not, None before the first."""
     known = finished(store, index_folder(encoder, modality))
     return read_release(store, encoder, modality, known[-1]) if known else None
+
+
+def merged_files(store: Store, release: Release) -> tuple[KeptFile, ...]:
+    """None where the index shards were not merged, or not to the end."""
+    with suppress(FileNotFoundError):
+        return Merged.model_validate_json(store.read(f"{release.folder}/{MERGED}", is_whole_json)).files
+    return ()
 
 
 def sha256_of(file: Path) -> str:
