@@ -200,6 +200,16 @@ class IndexConfig(Section):
         return self
 
 
+RENAMED = {"max_index_memory": "shard_memory"}
+"""Index settings that outputs were written with, and what they are called today."""
+
+
+def index_settings_of(recorded: Mapping[str, Any]) -> dict[str, Any]:
+    """What an output of an earlier version was told of an index, under today's names, without what is gone since."""
+    named = {RENAMED.get(name, name): value for name, value in recorded.items()}
+    return {name: value for name, value in named.items() if name in IndexConfig.model_fields}
+
+
 class ClusterConfig(Section):
     address: str | None = Field(
         None, description="Ray cluster; unset: RAY_ADDRESS's or a local one started for the run"
