@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
+from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,9 @@ import torch
 from pipelines.config import validate
 from pipelines.observe import Observe, nowhere
 from pipelines.storage import Store
+from pipelines.training.batches import Pair
 from pipelines.training.examples import EXAMPLE
+from pipelines.training.feed import Feed
 from pipelines.training.loop import Task, Worker
 from pipelines.training.place import Place
 from pipelines.training.settings import TrainConfig
@@ -96,3 +99,13 @@ def figures(history: list[dict[str, Any]]) -> list[dict[str, Any]]:
         if "evaluated" in told:
             told["evaluated"] = {name: value for name, value in told["evaluated"].items() if name != "seconds"}
     return kept
+
+
+class Noting(Feed):
+    """Keeps marks of the images that its worker is shown."""
+
+    seen: list[str]
+
+    def tensors(self, batch: list[Pair]) -> Any:
+        self.seen = [*getattr(self, "seen", []), *(sha256(pair.pixels.tobytes()).hexdigest() for pair in batch)]
+        return super().tensors(batch)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from hashlib import sha256
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -12,12 +11,10 @@ import pytest
 import torch
 from torch import multiprocessing
 
-from pipelines.training.batches import Pair
-from pipelines.training.feed import Feed
 from pipelines.training.loop import Worker
 from pipelines.training.place import Place
 from pipelines.training.validation import validate
-from tests.unit.training.runs import NORMED, SIDE, config, examples, figures, tables_of, task
+from tests.unit.training.runs import NORMED, SIDE, Noting, config, examples, figures, tables_of, task
 
 multiprocessing.set_forkserver_preload(["tests.unit.training.runs"])
 
@@ -28,16 +25,6 @@ STEPS = (48 - FIRST_HAS) // EACH
 SETTINGS: dict[str, Any] = {
     "model": NORMED, "optim": {"epochs": EPOCHS, "frozen_epochs": 1}, "checkpoint": {"every_steps": 3},
 }  # fmt: skip
-
-
-class Noting(Feed):
-    """Keeps marks of the images that it was asked for."""
-
-    seen: list[str]
-
-    def tensors(self, batch: list[Pair]) -> Any:
-        self.seen = [*getattr(self, "seen", []), *(sha256(pair.pixels.tobytes()).hexdigest() for pair in batch)]
-        return super().tensors(batch)
 
 
 def of_one_worker(rank: int, folder: str, epochs: int) -> None:
