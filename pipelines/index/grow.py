@@ -9,34 +9,27 @@ from typing import Any
 
 import numpy as np
 
-from pipelines.config import IndexConfig, validate
+from pipelines.config import IndexConfig, index_settings_of, validate
 from pipelines.contracts import Modality
 from pipelines.errors import ConfigError, IndexBuildError
 from pipelines.index.asked import Asked, read_asked
-from pipelines.index.attempt import Attempt, Learnt
-from pipelines.index.build import (
-    Build,
-    K,
-    Progress,
-    attempt_at,
-    build_and_settle,
-    digest_of,
-    drop_removed,
-    recorded_fingerprint,
-    settle,
-)
+from pipelines.index.attempt import Attempt, Learnt, Progress
+from pipelines.index.build import attempt_at, build_and_settle, digest_of, drop_removed, recorded_fingerprint
 from pipelines.index.choose import cut, shard_count
 from pipelines.index.drift import drift, warning
 from pipelines.index.measure import Answers
+from pipelines.index.measuring import K
 from pipelines.index.parts import Parts, list_grown, pick
 from pipelines.index.plan import Plan
 from pipelines.index.publish import require_files
 from pipelines.index.queries import Queries
 from pipelines.index.recall import Top
-from pipelines.index.release import IndexShard, Release, load_index, newest_or_none
+from pipelines.index.release import IndexShard, Release, Variants, load_index, newest_or_none
 from pipelines.index.removed import holds_removed
 from pipelines.index.rerank import rerank_dtype
 from pipelines.index.room import require_room
+from pipelines.index.settle import settle
+from pipelines.index.stages import Build
 from pipelines.index.train import HELD_OUT, Draw
 from pipelines.storage import Store
 
@@ -76,8 +69,7 @@ def update_index(
 
 def settings_of(base: Release, given: Mapping[str, Any]) -> IndexConfig:
     """The release's own, but for those given; how many index shards is asked anew each time."""
-    known = {name: value for name, value in base.settings.items() if name in IndexConfig.model_fields}
-    return validate(IndexConfig, {**known, "shards": "auto", **given})
+    return validate(IndexConfig, {**index_settings_of(base.settings), "shards": "auto", **given})
 
 
 def require_same(base: Release, settings: IndexConfig, fingerprint: str) -> None:
@@ -85,7 +77,7 @@ def require_same(base: Release, settings: IndexConfig, fingerprint: str) -> None
     has = base.rerank.coding.dtype if base.rerank else "none"
     queries = base.settings["recall_queries"], settings.recall_queries
     pinned = base.search_params if settings.search_params is None else settings.search_params
-    wanted = {
+    wanted: dict[str, tuple[Any, Any]] = {
         "fingerprint": (base.fingerprint, fingerprint),
         "metric": (base.metric, settings.metric),
         "index_key": (base.index_key, settings.index_key or base.index_key),
@@ -93,6 +85,7 @@ def require_same(base: Release, settings: IndexConfig, fingerprint: str) -> None
         "search_params": (base.search_params, pinned),
         "target_recall": (base.settings.get("target_recall"), settings.target_recall),
         "max_query_ms": (base.settings.get("max_query_ms", settings.max_query_ms), settings.max_query_ms),
+        "variants": (base.settings.get("variants", "none"), settings.variants),
         # Of queries that the base was not asked, the nearest in it are not known.
         **({} if all(queries) else {"recall_queries": queries}),
     }
@@ -196,9 +189,9 @@ class Update(Build):
     def decided(self, *_: Any) -> str:
         return self.base.search_params
 
-    def heard(self, shard: IndexShard, queries: Queries, answers: Answers) -> Answers:
+    def heard(self, shard: IndexShard, answers: Answers) -> Answers:
         """Of new queries, only what new index shards say: of the others' vectors it is not known which are near."""
-        answers = super().heard(shard, queries, answers)
+        answers = super().heard(shard, answers)
         if shard not in self.base.shards:
             return answers
         return replace(answers, tops=[self.of_old(top) for top in answers.tops])
@@ -207,6 +200,10 @@ class Update(Build):
         ids = top.ids.copy()
         ids[len(self.asked.bounds) :] = -1
         return Top(ids, top.scores)
+
+    def variants(self, *_: Any) -> Variants | None:
+        """The base's: of old vectors it reads none."""
+        return self.base.variants
 
     def kept(self, asked: Asked) -> Asked:
         return asked.first(len(self.asked.bounds))

@@ -120,7 +120,8 @@ def test_an_update_reads_no_vector_of_old_parts(ray_local: str, tmp_path: Path) 
     write_output(tmp_path, parts=1, first=4)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(
-            "pipelines.index.build.draw_samples", lambda store, parts, seed: draw_samples(store, parts.run(4, 5), seed)
+            "pipelines.index.measuring.draw_samples",
+            lambda store, parts, seed: draw_samples(store, parts.run(4, 5), seed),
         )
         assert update_index(Unread(str(tmp_path)), ENCODER, "image", {}).parts.standing == 5 * 188
 
