@@ -190,7 +190,7 @@ def conclude(store: Store, plan: Plan, labels: Labels, counts: Counts) -> dict[s
     return summary
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Label:
     """Labels a part of `source`, where it is missing, and counts it: a map operator. found: float32 [names, dim]."""
 

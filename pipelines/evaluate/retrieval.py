@@ -46,6 +46,8 @@ DIRECTIONS: dict[Protocol, list[tuple[Modality, Modality]]] = {
     "identity": [("text", "image")],
     "label": [("image", "image")],
 }
+ROUNDING = 1e-6
+"""Of a score of unit vectors in float32: that of equal vectors differs by it with their places in a batch."""
 PAIRS_AT_LEAST, QUERIES_AT_LEAST = 2 * 10**9, 1_000
 Say = Callable[[str], None]
 
@@ -242,8 +244,8 @@ def _found(searcher: Searcher, gallery: Items, queries: Tile, own: Ids, relevant
 
 
 def wrong_first(hits: NDArray[np.bool_], scores: Vectors) -> NDArray[np.bool_]:
-    """Hits [n, k], best first, of which those of equal scores are put in the order that exact ranking has."""
-    runs = np.cumsum(np.diff(scores, axis=1, prepend=scores[:, :1]) != 0, axis=1)
+    """Hits [n, k], best first, of which those of equal scores (but for rounding) are ordered as exact ranking does."""
+    runs = np.cumsum(np.abs(np.diff(scores, axis=1, prepend=scores[:, :1])) > ROUNDING, axis=1)
     return np.take_along_axis(hits, np.lexsort((hits, runs), axis=1), axis=1)
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+from collections import Counter
 from hashlib import sha256
 from pathlib import Path
 from typing import Any
@@ -15,8 +16,9 @@ import pytest
 from PIL import Image
 
 from pipelines.contracts import REJECTS_PART
+from pipelines.evaluate.charts import COLOURS
 from pipelines.evaluate.compare import Wanted, compare, contenders
-from pipelines.evaluate.map import draw_map, positions
+from pipelines.evaluate.map import coloured, draw_map, positions
 from pipelines.evaluate.report import report
 from pipelines.evaluate.retrieval import Asked, evaluate
 from pipelines.evaluate.statistics import statistics
@@ -196,6 +198,18 @@ def test_the_map_shows_what_one_points_at(pages: dict[str, Path], tmp_path: Path
     assert (seen.images, seen.missing, seen.console, seen.requests) == (1, 0, [], [])
     document = json.loads(pages["map"].with_name("map.json").read_text())
     assert len(document["points"]) == 60 and document["by"] == "label"
+
+
+@pytest.mark.parametrize("count", [1, len(COLOURS), len(COLOURS) + 1, 20])
+def test_no_two_groups_of_a_map_share_a_colour_but_the_others(count: int) -> None:
+    groups = Counter({f"group {at}": 100 - at for at in range(count)})
+    legend, colours = coloured(groups)
+    assert sum(number for _, _, number in legend) == groups.total() and len(legend) == min(count, len(COLOURS))
+    assert len({colour for _, colour, _ in legend}) == len(legend)
+    named = {name: colour for name, colour, _ in legend if name in groups}
+    assert colours.items() >= named.items() and len(colours) == count
+    assert {colours[name] for name in colours.keys() - named.keys()} <= {legend[-1][1]} - {*named.values()}
+    assert count <= len(COLOURS) or legend[-1][0] == f"{count - len(COLOURS) + 1} others"
 
 
 def test_a_map_keeps_groups_apart_and_is_seeded() -> None:

@@ -114,7 +114,7 @@ def test_an_index_that_finds_everything_loses_nothing(root: Path) -> None:
 
 
 def test_of_equal_scores_what_is_wrong_comes_first() -> None:
-    scores = np.array([[0.9, 0.5, 0.5, 0.5, 0.1], [0.7, 0.7, 0.7, 0.2, 0.2]], np.float32)
+    scores = np.array([[0.9, 0.5, 0.5, 0.5, 0.1], [0.7, 0.7, 0.7 - 1e-7, 0.2, 0.2]], np.float32)
     hits = np.array([[True, True, False, True, False], [True, False, False, True, False]])
     assert wrong_first(hits, scores).tolist() == [[1, 0, 1, 1, 0], [0, 0, 1, 0, 1]]
     # The smallest first, as of distances.
