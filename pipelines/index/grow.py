@@ -29,7 +29,7 @@ from pipelines.index.removed import holds_removed
 from pipelines.index.rerank import rerank_dtype
 from pipelines.index.room import require_room
 from pipelines.index.settle import settle
-from pipelines.index.stages import Build
+from pipelines.index.stages import Build, Timed
 from pipelines.index.train import HELD_OUT, Draw
 from pipelines.storage import Store
 
@@ -38,7 +38,12 @@ NEW = "new "
 
 
 def update_index(
-    store: Store, encoder: str, modality: Modality, given: Mapping[str, Any], progress: Progress = lambda line: None
+    store: Store,
+    encoder: str,
+    modality: Modality,
+    given: Mapping[str, Any],
+    progress: Progress = lambda line: None,
+    timed: Timed | None = None,
 ) -> Release:
     """The newest release with the parts that it lacks, as new index shards of the same quantiser; the same release
     where it lacks none. Every id stays; those of parts that are gone are never found again.
@@ -64,7 +69,9 @@ def update_index(
     digest = digest_of(plan, settings, fingerprint, base.version)
     with attempt_at(store, encoder, modality, digest, progress) as attempt:
         require_room(plan, attempt)
-        return build_and_settle(Update(attempt, base, asked, plan, settings), base.id_space, fingerprint, progress)
+        return build_and_settle(
+            Update(attempt, base, asked, plan, settings), base.id_space, fingerprint, progress, timed
+        )
 
 
 def settings_of(base: Release, given: Mapping[str, Any]) -> IndexConfig:
