@@ -139,11 +139,12 @@ def wanted_build(
     """A whole build, or an update, with its settings; mistakes in these are told before a cluster is connected."""
     from pipelines.index.build import build_index
     from pipelines.index.grow import update_index
+    from pipelines.latency import latencies
 
     settings = index_settings(named, given)
     if update:
-        return partial(update_index, named.store, folder, modality, update_settings(named, given), tell)
-    return partial(build_index, named.store, folder, modality, settings, tell, force)
+        return partial(update_index, named.store, folder, modality, update_settings(named, given), tell, latencies)
+    return partial(build_index, named.store, folder, modality, settings, tell, force, latencies)
 
 
 def printed(store: Store, build: Callable[[], Release]) -> Release:
@@ -215,7 +216,10 @@ def print_release(store: Store, release: Release) -> None:
     for row in release.variants.rows if release.variants else ():
         found = "  ".join(f"{kind} {value:.3f}" for kind, value in recalls_at_10(row))
         out.print(f"  variant {row.key}: recall@10 {found}  {row.bytes_per_vector:,.0f} bytes a vector", markup=False)
-    took = ", ".join(f"{stage} {duration(seconds)}" for stage, seconds in release.seconds.items())
-    out.print(f"  time    {took}", markup=False)
+    for way, took in release.latency.items():
+        shown = f"p50 {took.p50_ms:.2f} ms, p95 {took.p95_ms:.2f} ms a query; {took.batch_ms:.2f} ms of 32 at once"
+        out.print(f"  search  {way}: {shown}", markup=False)
+    stages = ", ".join(f"{stage} {duration(seconds)}" for stage, seconds in release.seconds.items())
+    out.print(f"  time    {stages}", markup=False)
     out.print(f"  ids     {release.round_trips} sampled ids led back to their row, key and vector", markup=False)
     out.print(f"  files   {store.uri(release.folder)}, figures and curve in report.md", markup=False)

@@ -20,7 +20,7 @@ from pipelines.index.plan import Plan, make_plan
 from pipelines.index.release import Release, finish, index_folder, newest_or_none, unfinished
 from pipelines.index.room import DiskFullError, require_room
 from pipelines.index.settle import settle
-from pipelines.index.stages import Build, versions
+from pipelines.index.stages import Build, Timed, versions
 from pipelines.lease import held
 from pipelines.record import read_record
 from pipelines.storage import Store
@@ -34,10 +34,12 @@ def build_index(
     settings: IndexConfig,
     progress: Progress = lambda line: None,
     force: bool = False,
+    timed: Timed | None = None,
 ) -> Release:
     """A new release of embeddings/<encoder>/<modality>, or the current one where nothing has changed since.
 
-    It becomes the current one unless something bars it (`obstacles`), or a later build's is that already.
+    It becomes the current one unless something bars it (`obstacles`), or a later build's is that already. timed: says
+    what searching it takes; where it is left out, the release does not tell.
     Needs an initialised Ray. Memory: here the training sample, in each task one index shard and one
     batch of vectors. Raises: ConfigError, IndexBuildError, NotPublishedError.
     """
@@ -54,7 +56,7 @@ def build_index(
     with attempt_at(store, encoder, modality, digest_of(plan, settings, fingerprint), progress) as attempt:
         require_room(plan, attempt)
         build = Build(attempt, encoder, modality, plan, settings)
-        return build_and_settle(build, kept_id_space(latest, parts, progress), fingerprint, progress)
+        return build_and_settle(build, kept_id_space(latest, parts, progress), fingerprint, progress, timed)
 
 
 @contextmanager
@@ -101,7 +103,9 @@ def require_one_vector(parts: Parts, encoder: str, modality: Modality) -> None:
         )
 
 
-def build_and_settle(build: Build, id_space: int | None, fingerprint: str, progress: Progress) -> Release:
+def build_and_settle(
+    build: Build, id_space: int | None, fingerprint: str, progress: Progress, timed: Timed | None
+) -> Release:
     """id_space: None for one that there never was."""
     plan = build.plan
     filled = plan.new_parts
@@ -113,7 +117,7 @@ def build_and_settle(build: Build, id_space: int | None, fingerprint: str, progr
                 f"{dead} is unfinished: another build is at it, or died; if none runs, `vecmill collect` clears it"
             )
     try:
-        release = build.release(id_space or 0, fingerprint, progress)
+        release = build.told(build.release(id_space or 0, fingerprint, progress), timed)
     except DiskFullError:
         raise
     except (ConfigError, IndexBuildError):

@@ -156,6 +156,18 @@ class Variants(BaseModel):
     version: str = ""
 
 
+class Latency(BaseModel):
+    """Milliseconds of a search through the search client. p50_ms, p95_ms: of queries one at a time, of which there were
+    so many. batch_ms: of one of 32 asked at once."""
+
+    model_config = ConfigDict(frozen=True)
+
+    queries: int
+    p50_ms: float
+    p95_ms: float
+    batch_ms: float
+
+
 class Release(BaseModel):
     """The whole of `manifest.json`.
 
@@ -166,7 +178,7 @@ class Release(BaseModel):
     round_trips: sampled ids that led back to part, row and key, and to the very vector that was indexed.
     trained: the empty index that every index shard started from. asked: what recall was measured with.
     grown_from: the release whose index shards are in it. drift: of what was added to them.
-    variants: other keys, compared on a sample.
+    variants: other keys, compared on a sample. latency: of the search client, by what it is asked for.
     """
 
     model_config = ConfigDict(frozen=True)
@@ -200,6 +212,7 @@ class Release(BaseModel):
     drift: Drift | None = None
     batch_query_ms: float = 0.0
     variants: Variants | None = None
+    latency: dict[str, Latency] = {}
 
     @property
     def folder(self) -> str:

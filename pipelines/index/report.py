@@ -15,7 +15,8 @@ def markdown(release: Release) -> str:
     """The figures of the manifest as tables; the curve as a chart too, which `chart` draws."""
     found = [_recall(release), _curve(release)] if release.recall.queries else [_not_measured(release)]
     compared = [_variants(release, release.variants)] if release.variants else []
-    sections = [_facts(release), *found, *compared, _costs(release)]
+    timed = [_latency(release)] if release.latency else []
+    sections = [_facts(release), *found, *timed, *compared, _costs(release)]
     return "\n\n".join([f"# {release.folder}", *("\n".join(section) for section in sections)]) + "\n"
 
 
@@ -48,7 +49,7 @@ def _recall(release: Release) -> Iterator[str]:
     yield "Of queries that were not trained on, against exact search of all vectors. recall@k: share of the exact k "
     yield "nearest among the k found. 1-recall@k: how often the nearest of all is among them.\n"
     if release.grown_from:
-        yield "Recall of `new` kinds is of queries drawn from what was added, against the new index shards alone.\n"
+        yield "Recall of `new` kinds is of queries drawn from what was added, against the index shards filled for it.\n"
     yield from table(["queries", "", *FIGURES, "ms a query", "bytes a vector"])
     for kind, count in release.recall.queries.items():
         for how, figures, ms, size in rows_of(release, kind):
@@ -89,6 +90,15 @@ def _curve(release: Release) -> Iterator[str]:
 def _figures(point: CurvePoint, kinds: Sequence[str]) -> Iterator[str]:
     for found in (point.recall, point.reranked):
         yield from (f"{found[kind]:.3f}" for kind in kinds if kind in found)
+
+
+def _latency(release: Release) -> Iterator[str]:
+    yield "## Searching it\n"
+    yield "Through the search client with the release open, 10 of each query: ids as the index alone finds them, "
+    yield "re-ranked, and as hits with keys, captions and places.\n"
+    yield from table(["", "queries", "p50 ms", "p95 ms", "ms of 32 at once"])
+    for way, each in release.latency.items():
+        yield _row([way, f"{each.queries:,}", *(f"{ms:.2f}" for ms in (each.p50_ms, each.p95_ms, each.batch_ms))])
 
 
 def _variants(release: Release, compared: Variants) -> Iterator[str]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from datetime import UTC, datetime
 from importlib.metadata import version
@@ -26,13 +26,27 @@ from pipelines.index.parts import Ids, Parts, Vectors, pick
 from pipelines.index.plan import Plan
 from pipelines.index.queries import Queries, caption_queries, split_sample
 from pipelines.index.recall import Top, empty_top, merge
-from pipelines.index.release import CHART, REPORT, TRAINED, Coding, IndexShard, KeptFile, Release, Variants, sha256_of
+from pipelines.index.release import (
+    CHART,
+    REPORT,
+    TRAINED,
+    Coding,
+    IndexShard,
+    KeptFile,
+    Latency,
+    Release,
+    Variants,
+    sha256_of,
+)
 from pipelines.index.report import markdown
 from pipelines.index.rerank import learn_coding
 from pipelines.index.train import train
 from pipelines.index.variants import compare
 from pipelines.observe import Clock, peak_memory_mib
-from pipelines.storage import scratch_folder
+from pipelines.storage import Store, scratch_folder
+
+Timed = Callable[[Store, Release], dict[str, Latency]]
+"""What searching a release takes, by what is asked for."""
 
 
 class Build:
@@ -54,7 +68,7 @@ class Build:
         self.peak_mib[name] = round(max(peak_memory_mib(), self.peak_mib.get(name, 0)), 1)
 
     def release(self, id_space: int, fingerprint: str, progress: Progress) -> Release:
-        """Every stage but the last: all files but the manifest are in place."""
+        """All files are in place but those that tell of them."""
         learnt, queries = self.learnt(progress)
         coding = learnt.coding
         with self.stage("add"):
@@ -65,7 +79,7 @@ class Build:
         with self.stage("recall"):
             measured = measuring.measure(tuned, asked)
         variants = self.variants(tuned, queries, progress)
-        release = Release(
+        return Release(
             version=self.version,
             id_space=id_space,
             encoder=self.encoder,
@@ -91,6 +105,14 @@ class Build:
             **self.grown(learnt, queries, progress),
             **measured,
         )
+
+    def told(self, release: Release, timed: Timed | None) -> Release:
+        """With what searching it takes, and its report and chart written."""
+        if timed:
+            with self.stage("search"):
+                latency = timed(self.store, release)
+            costs = {"seconds": self.seconds, "peak_mib": self.peak_mib}
+            release = release.model_copy(update={"latency": latency, **costs})
         self.store.put_atomic(f"{self.folder}/{REPORT}", markdown(release).encode())
         if release.curve:
             self.store.put_atomic(f"{self.folder}/{CHART}", svg(release))

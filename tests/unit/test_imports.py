@@ -31,7 +31,7 @@ LAYERS = [
     {"embed", "training"},
     {"stats", "splits"},
     {"index"},
-    {"collect", "fit", "fold", "like", "purge", "queries", "rate", "search", "verify"},
+    {"collect", "fit", "fold", "latency", "like", "purge", "queries", "rate", "search", "verify"},
     {"evaluate"},
 ]
 # record.py describes an encoder by its spec, which is light; training measures by metrics of NumPy alone. Nothing else
