@@ -84,8 +84,12 @@ def settings(folder: Path) -> RunConfig:
 
 def build(store: Store, encoder: str) -> None:
     from pipelines.index.build import build_index
+    from pipelines.latency import latencies
 
-    release = build_index(store, encoder, "image", IndexConfig(), lambda line: err.print(f"   {line}", markup=False))
+    def say(line: str) -> None:
+        err.print(f"   {line}", markup=False)
+
+    release = build_index(store, encoder, "image", IndexConfig(), say, timed=latencies)
     print_release(store, release)
 
 

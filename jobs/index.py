@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator
+from functools import partial
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -18,14 +20,15 @@ from jobs.options import (
     assignments_of,
     named_output,
 )
-from pipelines.config import IndexConfig, validate
+from pipelines.config import RENAMED, IndexConfig, index_settings_of, validate
+from pipelines.contracts import Modality
 from pipelines.errors import ConfigError
 from pipelines.observe import duration
-from pipelines.record import read_record
+from pipelines.record import FILE, read_record
 from pipelines.storage import Store
 
 if TYPE_CHECKING:
-    from pipelines.index.release import Release
+    from pipelines.index.release import Release, Variant
 
 IndexKey = Annotated[
     str | None, typer.Option(help="FAISS factory string, as in OPQ64_256,IVF4096,PQ64x8; chosen if left out.")
@@ -50,6 +53,10 @@ Floor = Annotated[
     float | None, typer.Option(help="recall@10, re-ranked, below which a release is not published; 0.9 if left out.")
 ]
 Seed = Annotated[int | None, typer.Option(help="Of the training sample and the queries.")]
+Compare = Annotated[
+    bool,
+    typer.Option("--variants", help="Compare keys of Flat, PCA, SQ, PQ, OPQ and IVF on a sample, in report.md."),
+]
 Update = Annotated[
     bool,
     typer.Option(
@@ -76,6 +83,7 @@ def index(
     rerank: Rerank = None,
     floor: Floor = None,
     seed: Seed = None,
+    variants: Compare = False,
     set: Set = None,
     address: Address = None,
     update: Update = False,
@@ -93,14 +101,10 @@ def index(
 
     Example: vecmill index s3://bucket/emb --index-key OPQ64_256,IVF65536_HNSW32,PQ64x8 --shard-memory 4G
     """
-    from pipelines.index.build import build_index
-    from pipelines.index.grow import update_index
     from pipelines.index.join import join
-    from pipelines.index.publish import NotPublishedError
     from pipelines.search import choose_encoder
 
-    if shards and shard_memory:
-        raise ConfigError("--shards and --shard-memory both say how many index shards there are", "Give one of them.")
+    refuse_contradictions(shards, shard_memory, update, force)
     named = named_output(output)
     folder = choose_encoder(named.store, encoder or named.encoder)
     flags = {
@@ -113,39 +117,79 @@ def index(
         "rerank": rerank,
         "floor": floor,
         "seed": seed,
+        "variants": "auto" if variants else None,
     }
-    if update and force:
-        raise ConfigError("--update keeps the training, --force does it again", "Give one of them.")
-    settings = index_settings(named, flags, set)
-    with connected(address or (named.recipe.cluster.address if named.recipe else None)):
-        try:
-            if update:
-                release = update_index(named.store, folder, modality, update_settings(named, flags, set), tell)
-            else:
-                release = build_index(named.store, folder, modality, settings, tell, force)
-        except NotPublishedError as barred:
-            print_release(named.store, barred.release)
-            raise
-        print_release(named.store, release)
+    build = wanted_build(named, folder, modality, given_settings(flags, set), update, force)
+    with connected(address or named.address):
+        release = printed(named.store, build)
         if merge:
             join(named.store, release, tell)
+
+
+def refuse_contradictions(shards: int | None, shard_memory: str | None, update: bool, force: bool) -> None:
+    if shards and shard_memory:
+        raise ConfigError("--shards and --shard-memory both say how many index shards there are", "Give one of them.")
+    if update and force:
+        raise ConfigError("--update keeps the training, --force does it again", "Give one of them.")
+
+
+def wanted_build(
+    named: NamedOutput, folder: str, modality: Modality, given: dict[str, Any], update: bool, force: bool
+) -> Callable[[], Release]:
+    """A whole build, or an update, with its settings; mistakes in these are told before a cluster is connected."""
+    from pipelines.index.build import build_index
+    from pipelines.index.grow import update_index
+    from pipelines.latency import latencies
+
+    settings = index_settings(named, given)
+    if update:
+        return partial(update_index, named.store, folder, modality, update_settings(named, given), tell, latencies)
+    return partial(build_index, named.store, folder, modality, settings, tell, force, latencies)
+
+
+def printed(store: Store, build: Callable[[], Release]) -> Release:
+    """The release with its figures printed, whether it is published or not."""
+    from pipelines.index.publish import NotPublishedError
+
+    try:
+        release = build()
+    except NotPublishedError as barred:
+        print_release(store, barred.release)
+        raise
+    print_release(store, release)
+    return release
+
+
+def recalls_at_10(row: Variant) -> Iterator[tuple[str, float]]:
+    for kind, alone in row.recall.items():
+        yield kind, alone["recall@10"]
+        yield f"{kind} re-ranked", row.reranked[kind]["recall@10"]
 
 
 def tell(line: str) -> None:
     err.print(line, markup=False)
 
 
-def index_settings(named: NamedOutput, flags: dict[str, Any], assignments: list[str] | None) -> IndexConfig:
+def index_settings(named: NamedOutput, given: dict[str, Any]) -> IndexConfig:
     """The recipe's index section, else the one that the embed run recorded, with flags on top."""
-    section = named.recipe.index.model_dump() if named.recipe else read_record(named.store).settings.get("index", {})
-    return validate(IndexConfig, {**section, **given_settings(flags, assignments)})
+    section = named.recipe.index.model_dump() if named.recipe else recorded_settings(named.store)
+    return validate(IndexConfig, {**section, **given})
 
 
-def update_settings(named: NamedOutput, flags: dict[str, Any], assignments: list[str] | None) -> dict[str, Any]:
+def recorded_settings(store: Store) -> dict[str, Any]:
+    """The embed run's; of those that are none any more one line is said, and nothing else comes of them."""
+    recorded = read_record(store).settings.get("index", {})
+    known = index_settings_of(recorded)
+    if gone := sorted(set(recorded) - set(known) - set(RENAMED)):
+        tell(f"{store.uri(FILE)} has index.{', index.'.join(gone)}, which this version has no more: left out")
+    return known
+
+
+def update_settings(named: NamedOutput, given: dict[str, Any]) -> dict[str, Any]:
     """What takes the place of the release's own settings: what the recipe names but for the count of index shards,
     which is that of a whole build, and flags."""
     section = named.recipe.index.model_dump(exclude_unset=True, exclude={"shards"}) if named.recipe else {}
-    return {**section, **given_settings(flags, assignments)}
+    return {**section, **given}
 
 
 def given_settings(flags: dict[str, Any], assignments: list[str] | None) -> dict[str, Any]:
@@ -169,7 +213,13 @@ def print_release(store: Store, release: Release) -> None:
                 f"  recall  {kind} queries ({count:,}), {how}: {shown}  {ms:.2f} ms  {each:,.0f} bytes a vector",
                 markup=False,
             )
-    took = ", ".join(f"{stage} {duration(seconds)}" for stage, seconds in release.seconds.items())
-    out.print(f"  time    {took}", markup=False)
+    for row in release.variants.rows if release.variants else ():
+        found = "  ".join(f"{kind} {value:.3f}" for kind, value in recalls_at_10(row))
+        out.print(f"  variant {row.key}: recall@10 {found}  {row.bytes_per_vector:,.0f} bytes a vector", markup=False)
+    for way, took in release.latency.items():
+        shown = f"p50 {took.p50_ms:.2f} ms, p95 {took.p95_ms:.2f} ms a query; {took.batch_ms:.2f} ms of 32 at once"
+        out.print(f"  search  {way}: {shown}", markup=False)
+    stages = ", ".join(f"{stage} {duration(seconds)}" for stage, seconds in release.seconds.items())
+    out.print(f"  time    {stages}", markup=False)
     out.print(f"  ids     {release.round_trips} sampled ids led back to their row, key and vector", markup=False)
     out.print(f"  files   {store.uri(release.folder)}, figures and curve in report.md", markup=False)

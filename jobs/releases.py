@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from jobs.console import err, out, size
-from jobs.index import Floor, index_settings
+from jobs.index import Floor, given_settings, index_settings
 from jobs.options import AsJson, EncoderFolder, ModalityFlag, NamedOutput, OutputArgument, Set, named_output
 
 if TYPE_CHECKING:
@@ -84,7 +84,7 @@ def publish(
 
     named = named_output(output)
     folder = chosen(named, encoder)
-    settings = index_settings(named, {"floor": floor}, set)
+    settings = index_settings(named, given_settings({"floor": floor}, set))
     newest = None if release else newest_or_none(named.store, folder, modality)
     wanted = newest or read_release(named.store, folder, modality, release)
     publish_release(named.store, wanted, settings.floor, settings.keep, lambda line: err.print(line, markup=False))

@@ -18,8 +18,11 @@ from pipelines.errors import ConfigError, InputError
 
 if TYPE_CHECKING:
     from pipelines.index.cache import Cache
+    from pipelines.index.parts import Vectors
+    from pipelines.index.selection import Selection
+    from pipelines.index.where import Where
     from pipelines.queries import Query
-    from pipelines.search import Hit
+    from pipelines.search import Hit, Searcher
 
 GZIPPED = (".gz", ".tgz")
 DEFAULT_CACHE = "~/.cache/vecmill"
@@ -125,37 +128,49 @@ def search(
     parentheses over the columns of samples/; `captions` is how many there are, `caption` the one that was found (of an
     image, its first), metadata.KEY what the metadata has there. It reads these columns of the whole output first.
     """
-    from pipelines.index.filter import select
     from pipelines.index.where import parse
-    from pipelines.like import examples
-    from pipelines.queries import Query, embed_queries, query_spec
+    from pipelines.queries import Query
     from pipelines.search import Searcher
 
     one = Query(text, image, not_text, like, like_id)
     asked, condition = asked_queries(one, queries), parse(where) if where is not None else None
-    first = page_offset(offset, page, k)
+    first, kept = page_offset(offset, page, k), cache_of(cache, cache_size)
     named = named_output(output)
-    folder = encoder or named.encoder
-    searcher = Searcher(
-        named.store,
-        folder,
-        modality,
-        release,
-        exact,
-        metric,
-        resident=False,
-        rerank=rerank,
-        cache=cache_of(cache, cache_size),
-    )
-    spec = query_spec(named.store, searcher.encoder) if any(query.needs_encoder for query in asked) else None
-    alike = examples(searcher, asked, like_modality)
-    vectors = embed_queries(spec, asked, text_weight, searched=modality, examples=alike, not_weight=not_weight)
-    among = select(named.store, searcher.parts, condition, searcher.findable()) if condition else None
-    found = searcher.search(vectors, k, lambda line: err.print(line, markup=False), among, first, fold)
-    if among is not None and not as_json:
-        out.print(f"Among {among.total:,} of {searcher.parts.standing:,} vectors.", markup=False)
+    how: dict[str, Any] = {"resident": False, "rerank": rerank, "cache": kept}
+    searcher = Searcher(named.store, encoder or named.encoder, modality, release, exact, metric, **how)
+    vectors = vectors_of(searcher, asked, like_modality, text_weight, not_weight)
+    among = selected(searcher, condition, as_json)
+    found = searcher.search(vectors, k, tell, among, first, fold)
     for query, hits in zip(asked, found, strict=True):
         print_hits(query, hits, first, as_json)
+
+
+def tell(line: str) -> None:
+    err.print(line, markup=False)
+
+
+def vectors_of(
+    searcher: Searcher, asked: list[Query], like_modality: Modality | None, text_weight: float, not_weight: float
+) -> Vectors:
+    """float32 [q, dim]. The encoder is opened only where a query needs it."""
+    from pipelines.like import examples
+    from pipelines.queries import embed_queries, query_spec
+
+    spec = query_spec(searcher.store, searcher.encoder) if any(query.needs_encoder for query in asked) else None
+    alike = examples(searcher, asked, like_modality)
+    return embed_queries(spec, asked, text_weight, searched=searcher.modality, examples=alike, not_weight=not_weight)
+
+
+def selected(searcher: Searcher, condition: Where | None, as_json: bool) -> Selection | None:
+    """What --where lets through; says of how many that is."""
+    from pipelines.index.filter import select
+
+    if condition is None:
+        return None
+    among = select(searcher.store, searcher.parts, condition, searcher.findable())
+    if not as_json:
+        out.print(f"Among {among.total:,} of {searcher.parts.standing:,} vectors.", markup=False)
+    return among
 
 
 def cache_of(folder: str, size: str) -> Cache | None:

@@ -177,6 +177,10 @@ class IndexConfig(Section):
     floor: float = Field(
         0.9, ge=0, le=1, description="recall@10, re-ranked, below which a release is built and not published"
     )
+    variants: list[str] | Literal["auto", "none"] = Field(
+        "none", description="keys to compare on a sample, in the report; auto: Flat, PCA, SQ, PQ, OPQ and IVF ones"
+    )
+    variant_vectors: PositiveInt = Field(10_000, description="vectors sampled for index.variants")
     drift_warning: float = Field(
         1.5, gt=0, description="error of new vectors over that of the old, above which an update says to train anew"
     )
@@ -194,6 +198,16 @@ class IndexConfig(Section):
         if self.target_recall and self.search_params:
             raise ValueError("search_params are pinned, so that there is nothing to tune: leave target_recall out")
         return self
+
+
+RENAMED = {"max_index_memory": "shard_memory"}
+"""Index settings that outputs were written with, and what they are called today."""
+
+
+def index_settings_of(recorded: Mapping[str, Any]) -> dict[str, Any]:
+    """What an output of an earlier version was told of an index, under today's names, without what is gone since."""
+    named = {RENAMED.get(name, name): value for name, value in recorded.items()}
+    return {name: value for name, value in named.items() if name in IndexConfig.model_fields}
 
 
 class ClusterConfig(Section):

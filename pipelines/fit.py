@@ -14,10 +14,12 @@ from safetensors.numpy import save
 
 from pipelines.contracts import Modality
 from pipelines.errors import ConfigError
-from pipelines.index.parts import Vectors, embeddings_folder, list_parts, pick
+from pipelines.index.parts import Ids, Parts, Vectors, embeddings_folder, list_parts, pick
+from pipelines.index.removed import not_removed
 from pipelines.index.train import read_picked
 from pipelines.record import EncoderRecord, read_record
 from pipelines.storage import Store
+from pipelines.takedowns import read_takedowns
 
 FOLDER = "projections"
 SMALLEST_VARIANCE = 1e-12
@@ -41,7 +43,8 @@ def fit(
     count: int = 100_000,
     seed: int = 0,
 ) -> Fitted:
-    """Fits a projection to a uniform sample of an encoder's vectors, and puts it under `projections/` of the output.
+    """Fits a projection to a uniform sample of an encoder's vectors, none of which was taken down, and puts it under
+    `projections/` of the output.
 
     modalities: of one space; all that are of the first's, if left out. They have one projection, fitted to as many
     vectors of each; count: in all. Memory: the sample. Raises: ConfigError.
@@ -49,7 +52,8 @@ def fit(
     names = comparable(read_record(store).encoders[encoder], modalities)
     parts = [list_parts(store, embeddings_folder(encoder, modality)) for modality in names]
     share = max(1, count // len(parts))
-    sample = np.concatenate([read_picked(store, each, pick(each, share, seed)) for each in parts])
+    drawn = [standing(store, each, pick(each, share, seed)) for each in parts]
+    sample = np.concatenate([read_picked(store, each, at) for each, at in zip(parts, drawn, strict=True)])
     mean, components, variance = principal(_unit(sample), dim, whiten)
     data = save({"mean": mean, "components": components}, {"modalities": ",".join(names)})
     # Another fit has another name: encoders that take this one go on finding it.
@@ -57,6 +61,15 @@ def fit(
     path = f"{FOLDER}/{encoder}-{'-'.join(names)}-{dim}{'-white' if whiten else ''}-{digest}.safetensors"
     store.put_atomic(path, data)
     return Fitted(store.uri(path), variance, len(sample))
+
+
+def standing(store: Store, parts: Parts, positions: list[Ids]) -> list[Ids]:
+    """Of each part the positions, without those of samples that were taken down."""
+    allowed = not_removed(store, parts, read_takedowns(store))
+    if allowed is None:
+        return positions
+    masks = [allowed.mask(part.offset, part.offset + part.rows) for part in parts.ranges]
+    return [at[mask[at]] for mask, at in zip(masks, positions, strict=True)]
 
 
 def comparable(record: EncoderRecord, asked: Sequence[Modality] | None) -> list[Modality]:

@@ -46,8 +46,8 @@ class Hit(Origin):
 class Searcher:
     """Searches one modality's vectors of one encoder of an output.
 
-    encoder: its folder in `embeddings/`; may be left out where the output has one. release: a
-    version, else the current one. exact: compares every vector there is now (with a release, every
+    encoder: its folder in `embeddings/`; may be left out where the output has one. release: a version, or what its
+    manifest says, else the current one. exact: compares every vector there is now (with a release, every
     vector it was made of) with the query, a batch at a time, and needs no index; `metric` says how, by
     ip, l2, cosine or l1, the release's or else ip where left out. params: FAISS search parameters in place of the
     release's. resident: holds every index shard open from the start; else a search opens one after the other. Local
@@ -64,7 +64,7 @@ class Searcher:
         store: Store,
         encoder: str | None = None,
         modality: Modality = "image",
-        release: str | None = None,
+        release: str | Release | None = None,
         exact: bool = False,
         metric: str | None = None,
         params: str | None = None,
@@ -91,7 +91,9 @@ class Searcher:
             opening = Opening(store, searched.folder, searched.index_key, params, cache)
             self._probes = shard_probes(opening, searched.shards, resident)
 
-    def _release(self, version: str | None) -> Release | None:
+    def _release(self, version: str | Release | None) -> Release | None:
+        if isinstance(version, Release):
+            return version
         if self.exact and version is None:
             return latest_or_none(self.store, self.encoder, self.modality)
         return read_release(self.store, self.encoder, self.modality, version)

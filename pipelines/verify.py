@@ -4,13 +4,21 @@ from __future__ import annotations
 
 import hashlib
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 from pipelines.collect import leftovers, totals
 from pipelines.compact import holdings
 from pipelines.contracts import SAMPLES_FAMILY
 from pipelines.errors import LedgerError
-from pipelines.index.release import finished, index_folder, index_homes, read_release
+from pipelines.index.release import (
+    Release,
+    ReleaseFile,
+    finished,
+    index_folder,
+    index_homes,
+    merged_files,
+    read_release,
+)
 from pipelines.ledger import COMMITS, Commit, CommitRef, list_commits, read_commits, staged
 from pipelines.storage import COPY_BYTES, Store
 
@@ -50,12 +58,20 @@ def _of_releases(store: Store, deep: bool) -> Iterator[str]:
         for version in finished(store, index_folder(encoder, modality)):
             release = read_release(store, encoder, modality, version)
             sizes = dict(store.sizes(release.folder))
-            for file in release.files:
-                path = f"{release.folder}/{file.file}"
-                if sizes.get(path) != file.bytes:
-                    yield f"{path} is missing or of another size than its manifest says; index again with --force"
-                elif deep and _digest(store, path) != file.sha256:
-                    yield f"{path} is damaged: its checksum is not that of its manifest"
+            yield from _of_files(store, release, release.files, sizes, deep, "index again with --force")
+            merged, remedy = merged_files(store, release), "delete it and run `vecmill index` with --merge again"
+            yield from _of_files(store, release, merged, sizes, deep, remedy)
+
+
+def _of_files(
+    store: Store, release: Release, files: Sequence[ReleaseFile], sizes: dict[str, int], deep: bool, remedy: str
+) -> Iterator[str]:
+    for file in files:
+        path = f"{release.folder}/{file.file}"
+        if sizes.get(path) != file.bytes:
+            yield f"{path} is missing or of another size than its manifest says; {remedy}"
+        elif deep and _digest(store, path) != file.sha256:
+            yield f"{path} is damaged: its checksum is not that of its manifest; {remedy}"
 
 
 def _doubles(family: str, refs: list[CommitRef]) -> Iterator[str]:

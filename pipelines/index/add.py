@@ -9,6 +9,7 @@ import faiss
 import numpy as np
 import ray
 
+from pipelines.errors import VecmillError
 from pipelines.index.attempt import Filled, keep_filled
 from pipelines.index.measure import answer, score
 from pipelines.index.parts import Parts, Vectors, batches, part_of, require_finite
@@ -80,3 +81,18 @@ fill_task = ray.remote(num_cpus=1)(fill_and_note)
 answer_task = ray.remote(num_cpus=1)(answer)
 score_task = ray.remote(num_cpus=1)(score)
 read_task = ray.remote(num_cpus=1)(read_picked)
+
+
+def stop(refs: list[Any]) -> None:
+    """Cancels tasks, and returns once none of them runs."""
+    for ref in refs:
+        ray.cancel(ref)
+    ray.wait(refs, num_returns=len(refs))
+
+
+def get(ref: Any) -> Any:
+    """A task's result; our own errors as they were raised, without Ray's wrapping."""
+    try:
+        return ray.get(ref)
+    except ray.exceptions.RayTaskError as error:
+        raise (error.cause if isinstance(error.cause, VecmillError) else error) from None

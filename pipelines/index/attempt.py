@@ -21,7 +21,7 @@ from pipelines.index.release import Coding, IndexShard, KeptFile, claim_of, clai
 from pipelines.lease import held
 from pipelines.storage import Store
 
-Say = Callable[[str], None]
+Progress = Callable[[str], None]
 
 
 class Learnt(BaseModel):
@@ -108,7 +108,7 @@ class Attempt:
 
 
 @contextmanager
-def attempted(store: Store, home: str, plan: str, say: Say) -> Iterator[Attempt]:
+def attempted(store: Store, home: str, plan: str, say: Progress) -> Iterator[Attempt]:
     """A version for this build alone: one of the same plan whose builder has died, else the next.
 
     plan: digest of all that decides what is built.
@@ -130,7 +130,7 @@ def attempted(store: Store, home: str, plan: str, say: Say) -> Iterator[Attempt]
         yield Attempt(store, home, version, id)
 
 
-def _is_ours(stack: ExitStack, store: Store, home: str, version: str, say: Say) -> bool:
+def _is_ours(stack: ExitStack, store: Store, home: str, version: str, say: Progress) -> bool:
     """Whether no living build holds the version, which this one does from now on."""
     name = f"index/{'.'.join([*home.split('/')[1:], version])}"
     try:

@@ -1,4 +1,4 @@
-"""An update: the newest release's index shards as they are, and new ones for the parts that have come since."""
+"""An update: the newest release's index shards as they are, and new ones, or the last anew, for what has come since."""
 
 from __future__ import annotations
 
@@ -9,34 +9,27 @@ from typing import Any
 
 import numpy as np
 
-from pipelines.config import IndexConfig, validate
+from pipelines.config import IndexConfig, index_settings_of, validate
 from pipelines.contracts import Modality
 from pipelines.errors import ConfigError, IndexBuildError
 from pipelines.index.asked import Asked, read_asked
-from pipelines.index.attempt import Attempt, Learnt
-from pipelines.index.build import (
-    Build,
-    K,
-    Progress,
-    attempt_at,
-    build_and_settle,
-    digest_of,
-    drop_removed,
-    recorded_fingerprint,
-    settle,
-)
+from pipelines.index.attempt import Attempt, Learnt, Progress
+from pipelines.index.build import attempt_at, build_and_settle, digest_of, drop_removed, recorded_fingerprint
 from pipelines.index.choose import cut, shard_count
 from pipelines.index.drift import drift, warning
 from pipelines.index.measure import Answers
+from pipelines.index.measuring import K
 from pipelines.index.parts import Parts, list_grown, pick
 from pipelines.index.plan import Plan
 from pipelines.index.publish import require_files
 from pipelines.index.queries import Queries
 from pipelines.index.recall import Top
-from pipelines.index.release import IndexShard, Release, load_index, newest_or_none
+from pipelines.index.release import IndexShard, Release, Variants, load_index, newest_or_none
 from pipelines.index.removed import holds_removed
 from pipelines.index.rerank import rerank_dtype
 from pipelines.index.room import require_room
+from pipelines.index.settle import settle
+from pipelines.index.stages import Build, Timed
 from pipelines.index.train import HELD_OUT, Draw
 from pipelines.storage import Store
 
@@ -45,13 +38,20 @@ NEW = "new "
 
 
 def update_index(
-    store: Store, encoder: str, modality: Modality, given: Mapping[str, Any], progress: Progress = lambda line: None
+    store: Store,
+    encoder: str,
+    modality: Modality,
+    given: Mapping[str, Any],
+    progress: Progress = lambda line: None,
+    timed: Timed | None = None,
 ) -> Release:
-    """The newest release with the parts that it lacks, as new index shards of the same quantiser; the same release
-    where it lacks none. Every id stays; those of parts that are gone are never found again.
+    """The newest release with the parts that it lacks, in new index shards of the same quantiser, or in its last where
+    that is small; the same release where it lacks none. Every id stays; those of parts that are gone are never found
+    again.
 
-    given: index settings in place of the release's own. Reads the vectors of new parts only. Raises: ConfigError for
-    settings that only a new build can have, IndexBuildError where there is nothing to add to, NotPublishedError.
+    given: index settings in place of the release's own. timed: as for a build. Reads the vectors of those parts only
+    that it fills an index shard with. Raises: ConfigError for settings that only a new build can have,
+    IndexBuildError where there is nothing to add to, NotPublishedError.
     """
     drop_removed(store, progress)
     base = newest_or_none(store, encoder, modality)
@@ -71,13 +71,14 @@ def update_index(
     digest = digest_of(plan, settings, fingerprint, base.version)
     with attempt_at(store, encoder, modality, digest, progress) as attempt:
         require_room(plan, attempt)
-        return build_and_settle(Update(attempt, base, asked, plan, settings), base.id_space, fingerprint, progress)
+        return build_and_settle(
+            Update(attempt, base, asked, plan, settings), base.id_space, fingerprint, progress, timed
+        )
 
 
 def settings_of(base: Release, given: Mapping[str, Any]) -> IndexConfig:
     """The release's own, but for those given; how many index shards is asked anew each time."""
-    known = {name: value for name, value in base.settings.items() if name in IndexConfig.model_fields}
-    return validate(IndexConfig, {**known, "shards": "auto", **given})
+    return validate(IndexConfig, {**index_settings_of(base.settings), "shards": "auto", **given})
 
 
 def require_same(base: Release, settings: IndexConfig, fingerprint: str) -> None:
@@ -85,7 +86,7 @@ def require_same(base: Release, settings: IndexConfig, fingerprint: str) -> None
     has = base.rerank.coding.dtype if base.rerank else "none"
     queries = base.settings["recall_queries"], settings.recall_queries
     pinned = base.search_params if settings.search_params is None else settings.search_params
-    wanted = {
+    wanted: dict[str, tuple[Any, Any]] = {
         "fingerprint": (base.fingerprint, fingerprint),
         "metric": (base.metric, settings.metric),
         "index_key": (base.index_key, settings.index_key or base.index_key),
@@ -93,6 +94,7 @@ def require_same(base: Release, settings: IndexConfig, fingerprint: str) -> None
         "search_params": (base.search_params, pinned),
         "target_recall": (base.settings.get("target_recall"), settings.target_recall),
         "max_query_ms": (base.settings.get("max_query_ms", settings.max_query_ms), settings.max_query_ms),
+        "variants": (base.settings.get("variants", "none"), settings.variants),
         # Of queries that the base was not asked, the nearest in it are not known.
         **({} if all(queries) else {"recall_queries": queries}),
     }
@@ -131,7 +133,9 @@ def plan_update(base: Release, parts: Parts, settings: IndexConfig) -> Plan:
     known = len(base.parts.ranges)
     new = parts.run(known, len(parts.ranges))
     counted = settings.model_copy(update={"index_key": base.index_key})
-    runs = [range(run.start + known, run.stop + known) for run in cut(new, shard_count(new, counted))]
+    first = first_refilled(base, parts, settings)
+    fresh = [range(run.start + known, run.stop + known) for run in cut(new, shard_count(new, counted))]
+    runs = fresh if first == known else [range(first, len(parts.ranges))]
     positions = [np.empty(0, np.int64)] * known + pick(new, settings.recall_queries or HELD_OUT, settings.seed)
     queries = np.arange(sum(map(len, positions)))
     drawn = Draw(tuple(positions), train=queries[:0], queries=queries)
@@ -139,13 +143,29 @@ def plan_update(base: Release, parts: Parts, settings: IndexConfig) -> Plan:
     return Plan(parts, base.index_key, tuple(runs), drawn, rerank_dtype(base.index_key, settings), known, largest)
 
 
+def first_refilled(base: Release, parts: Parts, settings: IndexConfig) -> int:
+    """Where the new parts' index shard begins: at the first of them, or at the first part of the base's last index
+    shard, which is filled anew with them where that makes it no larger than the largest.
+
+    So many small updates leave few index shards. Not where it is said how many there shall be.
+    """
+    known, last = len(base.parts.ranges), base.shards[-1]
+    first = next(at for at, part in enumerate(parts.ranges) if part.offset >= last.first_id and part.rows)
+    run = parts.run(first, len(parts.ranges))
+    fits = last.rows < run.rows <= max(shard.rows for shard in base.shards)
+    whole = not any(part.gone for part in run.ranges)
+    return first if settings.shards == "auto" and fits and whole else known
+
+
 class Update(Build):
     """Queries: those that the base was measured with, whose nearest in it are known, and new ones, drawn from the new
-    parts, which are asked of the new index shards only. So no old vector is read."""
+    parts, which are asked of the index shards that are filled only. So no vector of the others is read."""
 
     def __init__(self, attempt: Attempt, base: Release, asked: Asked, plan: Plan, settings: IndexConfig) -> None:
         super().__init__(attempt, base.encoder, base.modality, plan, settings)  # type: ignore[arg-type]
         self.base, self.asked = base, asked
+        refilled = any(run.start < plan.standing for run in plan.runs)
+        self.kept_shards = base.shards[:-1] if refilled else base.shards
 
     def learnt(self, progress: Progress) -> tuple[Learnt, Queries]:
         if known := self.attempt.learnt():
@@ -164,9 +184,11 @@ class Update(Build):
     def copy(self, progress: Progress) -> None:
         """The base's files: it may be deleted one day, and a release stands for itself."""
         there = dict(self.store.sizes(self.folder))
-        files = [file for file in self.base.files if file != self.base.asked]
-        missing = [file.file for file in files if there.get(f"{self.folder}/{file.file}") != file.bytes]
-        progress(f"taking over {len(self.base.shards)} index shards of {self.base.version}")
+        kept = self.base.model_copy(update={"shards": self.kept_shards, "asked": None})
+        missing = [file.file for file in kept.files if there.get(f"{self.folder}/{file.file}") != file.bytes]
+        progress(f"taking over {len(self.kept_shards)} index shards of {self.base.version}")
+        if len(self.kept_shards) < len(self.base.shards):
+            progress(f"filling {self.base.shards[-1].file} anew, which has room for the new parts")
         with ThreadPoolExecutor(COPIES) as pool:
             list(pool.map(self.take, missing))
 
@@ -188,18 +210,24 @@ class Update(Build):
         return self.asked.queries.followed_by(Queries(newer, found.ids))
 
     def add(self, learnt: Learnt, queries: Queries, progress: Progress) -> tuple[list[IndexShard], Asked]:
-        first = len(self.base.shards)
+        first = len(self.kept_shards)
         names = [f"shard-{at:04d}.faiss" for at in range(first, first + len(self.plan.runs))]
         shards, newer = self.filled(names, learnt, queries, progress)
-        return [*self.base.shards, *shards], self.asked.leading(queries).with_newer(newer, K + 1)
+        return [*self.kept_shards, *shards], self.asked.leading(queries).with_newer(self.unknown(newer), K + 1)
+
+    def unknown(self, newer: Top) -> Top:
+        """Without what is known already: of the base's queries, the nearest in the base."""
+        known = newer.ids < self.base.parts.rows
+        known[len(self.asked.bounds) :] = False
+        return Top(np.where(known, -1, newer.ids), newer.scores)
 
     def decided(self, *_: Any) -> str:
         return self.base.search_params
 
-    def heard(self, shard: IndexShard, queries: Queries, answers: Answers) -> Answers:
-        """Of new queries, only what new index shards say: of the others' vectors it is not known which are near."""
-        answers = super().heard(shard, queries, answers)
-        if shard not in self.base.shards:
+    def heard(self, shard: IndexShard, answers: Answers) -> Answers:
+        """Of new queries, only what filled index shards say: of the others' vectors it is not known which are near."""
+        answers = super().heard(shard, answers)
+        if shard not in self.kept_shards:
             return answers
         return replace(answers, tops=[self.of_old(top) for top in answers.tops])
 
@@ -207,6 +235,10 @@ class Update(Build):
         ids = top.ids.copy()
         ids[len(self.asked.bounds) :] = -1
         return Top(ids, top.scores)
+
+    def variants(self, *_: Any) -> Variants | None:
+        """The base's: of old vectors it reads none."""
+        return self.base.variants
 
     def kept(self, asked: Asked) -> Asked:
         return asked.first(len(self.asked.bounds))

@@ -11,14 +11,14 @@ import faiss
 from faiss.contrib.ondisk import merge_ondisk
 
 from pipelines.errors import IndexBuildError
-from pipelines.index.release import IndexShard, Release, sha256_of
+from pipelines.index.release import MERGED, IndexShard, KeptFile, Merged, Release, merged_files, sha256_of
 from pipelines.index.room import require_free_disk
 from pipelines.index.selection import Selection, standing
 from pipelines.index.train import available_bytes
 from pipelines.index.tune import apply
 from pipelines.storage import COPY_BYTES, Store, scratch_folder
 
-MERGED, LISTS = "merged.faiss", "merged.ivfdata"
+FILE, LISTS = "merged.faiss", "merged.ivfdata"
 
 Say = Callable[[str], None]
 
@@ -31,8 +31,8 @@ def join(store: Store, release: Release, say: Say = lambda line: None) -> None:
     without lists, all of them. Raises: IndexBuildError for a graph, of which FAISS cannot merge two, for what does not
     fit, and for index shards that are gone or damaged.
     """
-    target = f"{release.folder}/{MERGED}"
-    if store.exists(target):
+    target = f"{release.folder}/{FILE}"
+    if _stands(store, release):
         say(f"{target} is there already")
         return
     whole = sum(shard.bytes for shard in release.shards)
@@ -43,13 +43,24 @@ def join(store: Store, release: Release, say: Say = lambda line: None) -> None:
         files = [_fetched(store, release, shard, among, scratch) for shard in release.shards]
         index = _joined(files, store, release, whole, scratch)
         apply(index, release.search_params)
-        faiss.write_index(index, str(scratch / MERGED))
+        faiss.write_index(index, str(scratch / FILE))
         count = index.ntotal
         del index
-        if (scratch / LISTS).exists():
-            store.put_atomic(f"{release.folder}/{LISTS}", scratch / LISTS)
-        store.put_atomic(target, scratch / MERGED)
+        _put(store, release, [scratch / name for name in (LISTS, FILE) if (scratch / name).exists()])
     say(f"{target}: {count:,} vectors of {len(files)} index shards")
+
+
+def _stands(store: Store, release: Release) -> bool:
+    known, sizes = merged_files(store, release), dict(store.sizes(release.folder))
+    return bool(known) and all(sizes.get(f"{release.folder}/{file.file}") == file.bytes for file in known)
+
+
+def _put(store: Store, release: Release, made: list[Path]) -> None:
+    """The files, and then a note of them, by which `vecmill verify` knows them: a manifest never changes."""
+    for local in made:
+        store.put_atomic(f"{release.folder}/{local.name}", local)
+    kept = tuple(KeptFile(file=local.name, bytes=local.stat().st_size, sha256=sha256_of(local)) for local in made)
+    store.put_atomic(f"{release.folder}/{MERGED}", Merged(files=kept).model_dump_json(indent=1).encode())
 
 
 def _joined(files: list[Path], store: Store, release: Release, whole: int, scratch: Path) -> Any:

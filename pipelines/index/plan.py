@@ -10,6 +10,7 @@ from pipelines.index.parts import BATCH_BYTES, Ids, Parts
 from pipelines.index.rerank import rerank_dtype, side_bytes
 from pipelines.index.train import Draw, draw
 from pipelines.index.tune import require_params
+from pipelines.index.variants import require_variants
 
 
 @dataclass(frozen=True)
@@ -68,4 +69,5 @@ def make_plan(parts: Parts, settings: IndexConfig) -> Plan:
     alone = largest == max(part.rows for part in parts.ranges)
     key = choose_key(parts.rows, parts.dim, shards, settings, largest, alone)
     require_params(empty_index(key, parts.dim, settings.metric), key, settings.search_params or "")
+    require_variants(settings, parts.dim)
     return Plan(parts, key, tuple(runs), draw(parts, key, settings), rerank_dtype(key, settings))

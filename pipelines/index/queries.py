@@ -36,6 +36,13 @@ class Queries:
         kind, vectors = next(iter(self.kinds.items()))
         return Queries({kind: vectors[:count]}, self.ids[: len(vectors[:count])])
 
+    def each(self, count: int) -> Queries:
+        """So many of each kind, or as many as there are."""
+        kept = np.zeros(len(self.own), bool)
+        for rows in self.slices().values():
+            kept[rows.start : min(rows.stop, rows.start + count)] = True
+        return self.where(kept)
+
     def where(self, kept: NDArray[np.bool_]) -> Queries:
         """Those of the flags, one a query; kinds of which none is left are left out."""
         kinds = {kind: self.kinds[kind][kept[rows]] for kind, rows in self.slices().items()}

@@ -22,6 +22,7 @@ CHART = "curve.svg"
 PUBLISHED = "published"
 ID_SPACES = "id_spaces"
 TRAINED = "trained.faiss"
+MERGED = "merged.json"
 _VERSION = re.compile(r"v\d{4,}")
 
 
@@ -61,6 +62,15 @@ class KeptFile(BaseModel):
     file: str
     bytes: int
     sha256: str
+
+
+ReleaseFile = IndexShard | SideFile | KeptFile
+
+
+class Merged(BaseModel):
+    """The whole of `merged.json`: the files that a release's index shards were merged into, after its manifest."""
+
+    files: tuple[KeptFile, ...]
 
 
 class Recall(BaseModel):
@@ -113,6 +123,51 @@ class CurvePoint(BaseModel):
     reranked: dict[str, float] = {}
 
 
+class Variant(BaseModel):
+    """One key in a comparison. metric: that it was built with. bytes_per_vector: what its file grows by, id included.
+
+    recall, reranked: by kind of query, recall@1 and recall@10 of the index alone and re-scored with whole vectors.
+    """
+
+    model_config = ConfigDict(frozen=True)
+
+    key: str
+    metric: str
+    search_params: str
+    bytes_per_vector: float
+    query_ms: float
+    batch_query_ms: float
+    train_s: float
+    recall: dict[str, dict[str, float]]
+    reranked: dict[str, dict[str, float]]
+
+
+class Variants(BaseModel):
+    """Keys compared on one sample. vectors, queries: how many, these by kind. factor: candidates re-scored a hit.
+    version: the release that was built when they were."""
+
+    model_config = ConfigDict(frozen=True)
+
+    vectors: int
+    queries: dict[str, int]
+    metric: str
+    factor: int
+    rows: tuple[Variant, ...]
+    version: str = ""
+
+
+class Latency(BaseModel):
+    """Milliseconds of a search through the search client. p50_ms, p95_ms: of queries one at a time, of which there were
+    so many. batch_ms: of one of 32 asked at once."""
+
+    model_config = ConfigDict(frozen=True)
+
+    queries: int
+    p50_ms: float
+    p95_ms: float
+    batch_ms: float
+
+
 class Release(BaseModel):
     """The whole of `manifest.json`.
 
@@ -123,6 +178,7 @@ class Release(BaseModel):
     round_trips: sampled ids that led back to part, row and key, and to the very vector that was indexed.
     trained: the empty index that every index shard started from. asked: what recall was measured with.
     grown_from: the release whose index shards are in it. drift: of what was added to them.
+    variants: other keys, compared on a sample. latency: of the search client, by what it is asked for.
     """
 
     model_config = ConfigDict(frozen=True)
@@ -155,13 +211,15 @@ class Release(BaseModel):
     grown_from: str | None = None
     drift: Drift | None = None
     batch_query_ms: float = 0.0
+    variants: Variants | None = None
+    latency: dict[str, Latency] = {}
 
     @property
     def folder(self) -> str:
         return f"{index_folder(self.encoder, self.modality)}/{self.version}"
 
     @property
-    def files(self) -> list[IndexShard | SideFile | KeptFile]:
+    def files(self) -> list[ReleaseFile]:
         shards = [file for shard in self.shards for file in (shard, shard.side) if file]
         return [*shards, *(file for file in (self.trained, self.asked) if file)]
 
@@ -347,6 +405,13 @@ def newest_or_none(store: Store, encoder: str, modality: str) -> Release | None:
     """The release that was built last, published or not, None before the first."""
     known = finished(store, index_folder(encoder, modality))
     return read_release(store, encoder, modality, known[-1]) if known else None
+
+
+def merged_files(store: Store, release: Release) -> tuple[KeptFile, ...]:
+    """None where the index shards were not merged, or not to the end."""
+    with suppress(FileNotFoundError):
+        return Merged.model_validate_json(store.read(f"{release.folder}/{MERGED}", is_whole_json)).files
+    return ()
 
 
 def sha256_of(file: Path) -> str:

@@ -6,7 +6,7 @@ from collections.abc import Iterable, Iterator, Sequence
 
 from pipelines.index.drift import Drift
 from pipelines.index.recall import DEPTHS
-from pipelines.index.release import CHART, CurvePoint, Release
+from pipelines.index.release import CHART, CurvePoint, Release, Variant, Variants
 
 FIGURES = [*(f"recall@{k}" for k in DEPTHS), *(f"1-recall@{k}" for k in DEPTHS if k > 1)]
 
@@ -14,7 +14,9 @@ FIGURES = [*(f"recall@{k}" for k in DEPTHS), *(f"1-recall@{k}" for k in DEPTHS i
 def markdown(release: Release) -> str:
     """The figures of the manifest as tables; the curve as a chart too, which `chart` draws."""
     found = [_recall(release), _curve(release)] if release.recall.queries else [_not_measured(release)]
-    sections = [_facts(release), *found, _costs(release)]
+    compared = [_variants(release, release.variants)] if release.variants else []
+    timed = [_latency(release)] if release.latency else []
+    sections = [_facts(release), *found, *timed, *compared, _costs(release)]
     return "\n\n".join([f"# {release.folder}", *("\n".join(section) for section in sections)]) + "\n"
 
 
@@ -47,7 +49,7 @@ def _recall(release: Release) -> Iterator[str]:
     yield "Of queries that were not trained on, against exact search of all vectors. recall@k: share of the exact k "
     yield "nearest among the k found. 1-recall@k: how often the nearest of all is among them.\n"
     if release.grown_from:
-        yield "Recall of `new` kinds is of queries drawn from what was added, against the new index shards alone.\n"
+        yield "Recall of `new` kinds is of queries drawn from what was added, against the index shards filled for it.\n"
     yield from table(["queries", "", *FIGURES, "ms a query", "bytes a vector"])
     for kind, count in release.recall.queries.items():
         for how, figures, ms, size in rows_of(release, kind):
@@ -88,6 +90,41 @@ def _curve(release: Release) -> Iterator[str]:
 def _figures(point: CurvePoint, kinds: Sequence[str]) -> Iterator[str]:
     for found in (point.recall, point.reranked):
         yield from (f"{found[kind]:.3f}" for kind in kinds if kind in found)
+
+
+def _latency(release: Release) -> Iterator[str]:
+    yield "## Searching it\n"
+    yield "Through the search client with the release open, 10 of each query: ids as the index alone finds them, "
+    yield "re-ranked, and as hits with keys, captions and places.\n"
+    yield from table(["", "queries", "p50 ms", "p95 ms", "ms of 32 at once"])
+    for way, each in release.latency.items():
+        yield _row([way, f"{each.queries:,}", *(f"{ms:.2f}" for ms in (each.p50_ms, each.p95_ms, each.batch_ms))])
+
+
+def _variants(release: Release, compared: Variants) -> Iterator[str]:
+    kinds = list(compared.queries)
+    asked = " and ".join(f"{count:,} {kind}" for kind, count in compared.queries.items())
+    yield "## Other keys\n"
+    yield f"Each trained on, and filled with, the same {compared.vectors:,} vectors (index.variant_vectors) as "
+    yield f"{compared.version} was built; {asked} queries, against exact search of these vectors. Of fewer vectors "
+    yield "more is found: compare the keys with each other, not with the tables above. Re-ranked: the best of "
+    yield f"{compared.factor} candidates a hit by whole vectors, whose bytes are not counted.\n"
+    if any(row.metric != compared.metric for row in compared.rows):
+        yield "These vectors have length 1, so that l2 orders them as ip does: keys of l2 take `--metric l2`.\n"
+    heads = [f"{kind} {name}" for kind in kinds for name in ("recall@1", "recall@10", "recall@10 re-ranked")]
+    yield from table(["key", "metric", "bytes a vector", *heads, "ms a query", "of 32 at once", "training s"])
+    for row in compared.rows:
+        mark = " (this index)" if row.key == release.index_key else ""
+        params = f" `{row.search_params}`" if row.search_params else ""
+        costs = [f"{row.query_ms:.3f}", f"{row.batch_query_ms:.3f}", f"{row.train_s:,.1f}"]
+        found = (f"{value:.3f}" for kind in kinds for value in found_of(row, kind))
+        yield _row([f"`{row.key}`{params}{mark}", row.metric, f"{row.bytes_per_vector:,.1f}", *found, *costs])
+
+
+def found_of(row: Variant, kind: str) -> tuple[float, float, float]:
+    """recall@1 and recall@10 of the key alone, and recall@10 re-ranked."""
+    alone = row.recall[kind]
+    return alone["recall@1"], alone["recall@10"], row.reranked[kind]["recall@10"]
 
 
 def _costs(release: Release) -> Iterator[str]:

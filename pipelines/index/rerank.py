@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from itertools import pairwise
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -113,6 +113,15 @@ class SideWriter:
             sha256=self._digest.hexdigest(),
             exact=self._exact,
         )
+
+
+class ById(Protocol):
+    """Vectors, float32 [n, dim], by ascending int64 ids."""
+
+    @property
+    def dim(self) -> int: ...
+
+    def take(self, ids: Ids) -> Vectors: ...
 
 
 class StoredVectors:
@@ -220,7 +229,7 @@ def _read(store: Store, path: str, ranges: list[tuple[int, int]]) -> list[bytes]
         ) from None
 
 
-def scores_of(queries: Vectors, ids: Ids, stored: StoredVectors, metric: str) -> Vectors:
+def scores_of(queries: Vectors, ids: Ids, stored: ById, metric: str) -> Vectors:
     """float32 [q, n]: each query, float32 [q, dim], against the stored vectors of its own ids, int64 [q, n].
 
     NaN for id -1. A vector is read once however many queries ask for it, and no more than BATCH_BYTES of them are held.

@@ -235,10 +235,15 @@ def test_pinned_and_without_recall_the_same_build_gives_the_same(ray_local: None
 
 def test_captions_measure_an_image_index_too(ray_local: None, tmp_path: Path) -> None:
     store = write_output(tmp_path, parts=4)
-    release = build_index(store, ENCODER, "image", IndexConfig(**QUICK))
+    release = build_index(store, ENCODER, "image", IndexConfig(**QUICK, variants=["PCA8,Flat"], variant_vectors=500))
     assert release.index_key == "Flat"
     assert release.recall.queries == {"image": 75, "text": 100}
     assert all(figure == 1 for kind in release.recall.figures.values() for figure in kind.values())
+    assert release.variants and [row.key for row in release.variants.rows] == ["PCA8,Flat", "Flat"]
+    assert release.variants.queries == release.recall.queries and 400 < release.variants.vectors <= 500
+    assert "| `PCA8,Flat` | l2 |" in (tmp_path / release.folder / "report.md").read_text()
+    # They tell of an index, and make no other one of it.
+    assert build_index(store, ENCODER, "image", IndexConfig(**QUICK)) == release
 
 
 def test_old_ids_stay_when_parts_are_added_and_not_when_one_is_replaced(ray_local: None, tmp_path: Path) -> None:

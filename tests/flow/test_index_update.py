@@ -8,15 +8,17 @@ import pytest
 
 from pipelines.config import IndexConfig
 from pipelines.errors import ConfigError, IndexBuildError
+from pipelines.index.asked import read_asked
 from pipelines.index.build import build_index
 from pipelines.index.grow import update_index
 from pipelines.index.measure import draw_samples
 from pipelines.index.parts import NoVectorsError
-from pipelines.index.release import current_version, read_release
+from pipelines.index.recall import exact, recall_at, without
+from pipelines.index.release import Release, current_version, read_release
 from pipelines.index.tune import full_probe
 from pipelines.search import Searcher
 from pipelines.storage import Store
-from tests.indexed import ENCODER, VERSION, part_name, shard_id, write_output, write_shard
+from tests.indexed import ENCODER, VERSION, everything, part_name, shard_id, write_output, write_shard
 
 HOME = f"index/{ENCODER}/image"
 SETTINGS = IndexConfig(
@@ -71,13 +73,15 @@ def test_an_update_adds_new_parts_and_keeps_every_old_id(ray_local: str, tmp_pat
 def require_found(root: Path, store: Store) -> None:
     """Each vector that stands under the id it always had, and none that is gone."""
     release = read_release(store, ENCODER, "image")
-    for exact in (False, True):
-        searcher = Searcher(store, exact=exact, params=None if exact else full_probe(release.index_key))
+    for params in (full_probe(release.index_key), None):
+        searcher = Searcher(store, exact=params is None, params=params)
         for part in release.parts.ranges:
             if not part.gone:
                 own = searcher.nearest(vectors_of(root, part.name), 3).ids[:, 0]
                 assert own.tolist() == list(range(part.offset, part.offset + part.rows))
-        gone = next(part for part in release.parts.ranges if part.gone)
+        gone = next((part for part in release.parts.ranges if part.gone), None)
+        if gone is None:
+            continue
         near = np.random.default_rng([0, 1]).normal(size=(1, 16)).astype(np.float32)
         top = searcher.nearest(near / np.linalg.norm(near), release.parts.standing)
         assert not ((top.ids >= gone.offset) & (top.ids < gone.offset + gone.rows)).any()
@@ -120,7 +124,8 @@ def test_an_update_reads_no_vector_of_old_parts(ray_local: str, tmp_path: Path) 
     write_output(tmp_path, parts=1, first=4)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(
-            "pipelines.index.build.draw_samples", lambda store, parts, seed: draw_samples(store, parts.run(4, 5), seed)
+            "pipelines.index.measuring.draw_samples",
+            lambda store, parts, seed: draw_samples(store, parts.run(4, 5), seed),
         )
         assert update_index(Unread(str(tmp_path)), ENCODER, "image", {}).parts.standing == 5 * 188
 
@@ -139,8 +144,41 @@ def test_an_update_looks_as_far_as_its_base_and_measures_no_recall_where_that_ha
     new = release.parts.ranges[2]
     own = Searcher(store, params=full_probe(release.index_key)).nearest(vectors_of(tmp_path, new.name), 1).ids[:, 0]
     assert own.tolist() == list(range(new.offset, new.offset + new.rows))
+    require_small_updates_share_an_index_shard(tmp_path, store, release)
     with pytest.raises(ConfigError, match="another recall_queries 0 → 60"):
         update_index(store, ENCODER, "image", {"recall_queries": 60})
+
+
+def require_small_updates_share_an_index_shard(root: Path, store: Store, before: Release) -> None:
+    """The last index shard, while it is no larger than the largest; its ids stay."""
+    said: list[str] = []
+    counts = []
+    for at in (3, 4, 5):
+        write_shard(root, at, 80, 16, 0, "float16", ENCODER, 64)
+        release = update_index(store, ENCODER, "image", {}, said.append)
+        counts.append([shard.rows for shard in release.shards])
+    assert counts == [[188, 188, 188, 75], [188, 188, 188, 150], [188, 188, 188, 150, 75]]
+    assert sum("filling shard-0003.faiss anew" in line for line in said) == 1
+    assert release.shards[:3] == before.shards and release.id_space == before.id_space
+    require_found(root, store)
+
+
+def test_small_updates_are_measured_like_others(ray_local: str, tmp_path: Path) -> None:
+    """Exact neighbours that are kept from update to update are those that one finds by comparing with everything."""
+    store = write_output(tmp_path, parts=2, rows=400)
+    build_index(store, ENCODER, "image", SETTINGS)
+    for at in (2, 3):
+        write_shard(tmp_path, at, 90, 16, 0, "float16", ENCODER, 64)
+        release = update_index(store, ENCODER, "image", {})
+    assert [shard.rows for shard in release.shards] == [376, 376, 170]
+    kept, (_, vectors) = read_asked(store, release), everything(tmp_path, "image")
+    truth = exact(kept.queries.vectors, [(0, vectors)], kept.truth.ids.shape[1], "l2")
+    assert (kept.truth.ids == truth.ids).mean() > 0.99
+    own, found = kept.queries.own, Searcher(store).nearest(kept.queries.vectors, 11)
+    image = slice(0, len(kept.queries.kinds["image"]))
+    mine = recall_at(10, without(found, own).of(image), without(truth.between(0, 11), own).of(image), "l2", scored=True)
+    assert release.recall.reranked["image"]["recall@10"] == pytest.approx(mine, abs=0.02)
+    assert release.recall.reranked["new image"]["recall@10"] > 0.5
 
 
 def test_what_cannot_be_updated_says_so(ray_local: str, tmp_path: Path) -> None:

@@ -8,14 +8,17 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from safetensors.numpy import load_file
 
+from pipelines.compact import compact_parts
 from pipelines.encoders import registry
 from pipelines.encoders.name import EncoderName
 from pipelines.encoders.projection import reduced
 from pipelines.errors import ConfigError, EncoderError
-from pipelines.fit import fit, principal
+from pipelines.fit import _unit, fit, principal
+from pipelines.remove import Asked, remove
 from tests.checkpoints import save_open_clip, some_tokens
-from tests.indexed import write_output
+from tests.indexed import everything, write_output
 
 CPU = torch.device("cpu")
 
@@ -121,3 +124,22 @@ def test_truncation_where_the_model_was_trained_for_it(name: str) -> None:
     assert spec.vectors["text"].dim == 8 and torch.equal(cut, whole[:, :8])
     with pytest.raises(ConfigError, match="trained for 8, 16"):
         reduced(plain, EncoderName.parse(f"{name}?dim=9"))
+
+
+@pytest.mark.parametrize("compacted", [False, True])
+def test_what_was_taken_down_has_no_part_in_a_fit(tmp_path: Path, compacted: bool) -> None:
+    store = write_output(tmp_path, parts=3, encoder="clip")
+    before = fit(store, "clip", 5, modalities=["image"], count=10**6)
+    items, vectors = everything(tmp_path, "image", "clip")
+    removed = {item.key for item in items[::3]}
+    remove(store, Asked(sorted(removed)), "", "")
+    if compacted:
+        compact_parts(store, lambda holding: None, waiting=True)
+    fitted = fit(store, "clip", 5, modalities=["image"], count=10**6)
+    kept = np.array([item.key not in removed for item in items])
+    assert (before.sampled, fitted.sampled) == (len(items), int(kept.sum()))
+    mean, components, variance = principal(_unit(vectors[kept]), 5, whiten=False)
+    held = load_file(fitted.path)
+    np.testing.assert_allclose(held["mean"], mean, atol=1e-6)
+    np.testing.assert_allclose(held["components"], components, atol=1e-5)
+    assert fitted.variance == pytest.approx(variance) and fitted.path != before.path

@@ -31,14 +31,14 @@ LAYERS = [
     {"embed", "training"},
     {"stats", "splits"},
     {"index"},
-    {"collect", "fit", "fold", "like", "purge", "queries", "rate", "search", "verify"},
+    {"collect", "fit", "fold", "latency", "like", "purge", "queries", "rate", "search", "verify"},
     {"evaluate"},
 ]
 # record.py describes an encoder by its spec, which is light; training measures by metrics of NumPy alone. Nothing else
 # may reach up.
 ALLOWED_UP = {("record", "encoders"), ("training", "evaluate")}
 HEAVY = {
-    "ray": {"read", "write", "meter", "failures", "embed", "index", "training", "stats", "splits"},
+    "ray": {"read", "write", "meter", "failures", "embed", "index", "training", "stats", "splits", "evaluate"},
     "torch": {"encoders", "encode", "translate", "rate", "training"},
     "faiss": {"index", "search", "evaluate"},
     "autofaiss": {"index"},

@@ -8,12 +8,13 @@ import numpy as np
 import pytest
 
 from pipelines.errors import IndexBuildError
-from pipelines.index.join import LISTS, MERGED, join
+from pipelines.index.join import FILE, LISTS, join
 from pipelines.index.parts import Parts
 from pipelines.index.probe import Opening, probe
 from pipelines.index.recall import Top, merge
-from pipelines.index.release import TRAINED, KeptFile, Release
+from pipelines.index.release import TRAINED, KeptFile, Release, finish, merged_files
 from pipelines.storage import Store
+from pipelines.verify import problems
 from tests.unit.index.test_add import Built
 from tests.unit.index.test_release import release
 
@@ -41,11 +42,11 @@ def release_of(built: Built, root: Path, params: str, gone: int | None = None) -
 def opened(store: Store, made: Release, away: Path) -> faiss.Index:
     """From another folder than it was written in, as one who has downloaded it."""
     away.mkdir()
-    for name in (MERGED, LISTS):
+    for name in (FILE, LISTS):
         if store.exists(f"{made.folder}/{name}"):
             (away / name).write_bytes(store.read(f"{made.folder}/{name}"))
             store.delete([f"{made.folder}/{name}"])
-    return faiss.read_index(str(away / MERGED), faiss.IO_FLAG_ONDISK_SAME_DIR)
+    return faiss.read_index(str(away / FILE), faiss.IO_FLAG_ONDISK_SAME_DIR)
 
 
 @pytest.mark.parametrize(("key", "metric"), KEYS)
@@ -78,7 +79,7 @@ def test_plain_read_index_opens_it_in_its_own_folder(tmp_path: Path, monkeypatch
     made = release_of(built, tmp_path, "nprobe=16")
     join(built.store, made)
     monkeypatch.chdir(tmp_path / made.folder)
-    same_hits(faiss.read_index(MERGED), built, 20)
+    same_hits(faiss.read_index(FILE), built, 20)
 
 
 @pytest.mark.parametrize(("key", "metric"), KEYS)
@@ -101,7 +102,7 @@ def test_graphs_are_refused_but_for_one_alone(tmp_path: Path) -> None:
     made = release_of(built, tmp_path, "")
     with pytest.raises(IndexBuildError, match=r"(?s)HNSW8, of which FAISS cannot merge two.*IndexShards"):
         join(built.store, made)
-    assert not built.store.exists(f"{made.folder}/{MERGED}")
+    assert not built.store.exists(f"{made.folder}/{FILE}")
     one = made.model_copy(update={"shards": made.shards[:1], "parts": first_run(made)})
     join(built.store, one)
     assert opened(built.store, one, tmp_path / "away").ntotal == made.shards[0].rows
@@ -136,3 +137,26 @@ def test_what_does_not_fit_or_is_damaged_is_refused(tmp_path: Path, monkeypatch:
     (tmp_path / made.folder / made.shards[2].file).write_bytes(b"other")
     with pytest.raises(IndexBuildError, match=rf"{made.shards[2].file} is gone or damaged"):
         join(built.store, made)
+
+
+def test_the_files_are_verified_like_the_others_and_made_again_where_they_are_not_whole(tmp_path: Path) -> None:
+    built = Built(tmp_path, *KEYS[0])
+    made, said = release_of(built, tmp_path, "nprobe=16"), list[str]()
+    finish(built.store, made)
+
+    def told() -> list[str]:
+        return [line for line in problems(built.store, deep=True) if "merged" in line]
+
+    assert merged_files(built.store, made) == () and told() == []
+    join(built.store, made, said.append)
+    assert [file.file for file in merged_files(built.store, made)] == [LISTS, FILE] and told() == []
+    lists = tmp_path / made.folder / LISTS
+    whole = lists.read_bytes()
+    lists.write_bytes(whole[:-1] + bytes([whole[-1] ^ 1]))
+    (line,) = told()
+    assert f"{LISTS} is damaged" in line and "--merge" in line
+    lists.write_bytes(whole[:-1])
+    (line,) = told()
+    assert f"{LISTS} is missing or of another size" in line
+    join(built.store, made, said.append)
+    assert "is there already" not in said[-1] and told() == [] and lists.read_bytes() == whole

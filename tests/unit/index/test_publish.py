@@ -9,7 +9,7 @@ import pytest
 from pipelines.collect import leftovers
 from pipelines.config import IndexConfig
 from pipelines.errors import IndexBuildError
-from pipelines.index.build import require_own_ids, settle
+from pipelines.index.id_space import require_own_ids
 from pipelines.index.publish import (
     NotPublishedError,
     delete_release,
@@ -29,6 +29,7 @@ from pipelines.index.release import (
     point_at,
     read_release,
 )
+from pipelines.index.settle import settle
 from pipelines.ledger import Commit
 from pipelines.record import RunRecord, read_record, write_record
 from pipelines.search import Searcher

@@ -358,6 +358,17 @@ def test_an_index_without_a_recipe_is_built_as_its_embed_run_was_told(
     assert {"encoder": "clip", "address": None, "shards": 9, "max_query_ms": 10, "seed": 2}.items() <= asked.items()
 
 
+def test_an_output_of_an_earlier_version_is_indexed_with_what_its_settings_are_now(
+    vecmill: Vecmill, both: Path, asked: dict[str, Any]
+) -> None:
+    store = Store(str(both))
+    old = {"index": {"max_index_memory": "3G", "seed": 9, "beam": 4}}
+    write_record(store, read_record(store).model_copy(update={"settings": old}))
+    said = vecmill("index", "out", "--encoder", "clip")
+    assert said.code == 0 and {"shard_memory": "3G", "seed": 9}.items() <= asked.items()
+    assert "has index.beam, which this version has no more: left out" in said.err and "max_index_memory" not in said.err
+
+
 @pytest.mark.parametrize("words", [["index"], ["search", "--text", "a"]])
 def test_the_encoder_of_a_recipe_is_the_one_that_is_meant(vecmill: Vecmill, both: Path, words: list[str]) -> None:
     Path("recipe.yaml").write_text(yaml.safe_dump({**LEAST, "name": "third"}))
