@@ -12,9 +12,10 @@ import typer
 from pydantic import TypeAdapter, ValidationError
 
 from jobs.console import err, out
-from jobs.options import AsJson, EncoderFolder, ModalityFlag, OutputArgument, named_output
+from jobs.options import AsJson, EncoderFolder, ModalityFlag, OutputArgument, named_output, text_in
 from pipelines.contracts import Modality
 from pipelines.errors import ConfigError, InputError
+from pipelines.storage import Store
 
 if TYPE_CHECKING:
     from pipelines.index.cache import Cache
@@ -199,17 +200,11 @@ def asked_queries(one: Query, file: Path | None) -> list[Query]:
     given = (one.text or None, one.image or None, one.not_text or None, one.like, one.like_id)
     asked = [one] if any(each is not None for each in given) else []
     if file:
-        asked += [_query(line, file, number) for number, line in enumerate(_lines(file), 1) if line.strip()]
+        lines = text_in(Store(), str(file)).split("\n")
+        asked += [_query(line, file, number) for number, line in enumerate(lines, 1) if line.strip()]
     if not asked:
         raise ConfigError("There is nothing to search for", "Give --text, --image, --like or --queries.")
     return asked
-
-
-def _lines(file: Path) -> list[str]:
-    try:
-        return file.read_text(encoding="utf-8").split("\n")
-    except (OSError, UnicodeDecodeError) as error:
-        raise InputError(f"{file} cannot be read: {error}", "Check the path.") from None
 
 
 def _query(line: str, file: Path, number: int) -> Query:
