@@ -11,7 +11,14 @@ from contextlib import contextmanager
 from functools import cache
 from typing import Any
 
-from tenacity import Retrying, retry_if_exception_type, stop_after_delay, wait_fixed
+from tenacity import (
+    Retrying,
+    retry_if_exception_message,
+    retry_if_exception_type,
+    stop_after_attempt,
+    stop_after_delay,
+    wait_fixed,
+)
 
 from jobs.signals import handlers_kept
 from pipelines.errors import PreflightError
@@ -22,6 +29,8 @@ from pipelines.secrets import masked
 LEAST_LOCAL_CPUS = 3
 # A cluster that a script has just started may need a moment.
 LISTENER_WAIT_S, CONNECT_TIMEOUT_S = 10, 5
+# Ray gives its node 30 s to start, fixed in its code, which a busy machine may need twice.
+STARTS = 3
 
 
 @contextmanager
@@ -74,8 +83,19 @@ def _connect(address: str | None) -> None:
     if address:
         ray.init(address, log_to_driver=False, logging_level=logging.ERROR)
     else:
-        cpus = max(LEAST_LOCAL_CPUS, os.cpu_count() or 1)
-        ray.init("local", num_cpus=cpus, include_dashboard=False, log_to_driver=False, logging_level=logging.ERROR)
+        Retrying(
+            retry=retry_if_exception_message(match=".*timed out"),
+            stop=stop_after_attempt(STARTS),
+            before_sleep=lambda _: ray.shutdown(),
+            reraise=True,
+        )(_start)
+
+
+def _start() -> None:
+    import ray
+
+    cpus = max(LEAST_LOCAL_CPUS, os.cpu_count() or 1)
+    ray.init("local", num_cpus=cpus, include_dashboard=False, log_to_driver=False, logging_level=logging.ERROR)
 
 
 @contextmanager

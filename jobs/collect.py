@@ -22,6 +22,7 @@ MEANING = {
     "staging": "work that a run began; what of it is committed is put in its place first",
     "index": "files of index versions that were never finished",
     "retired": "commits of parts that are gone",
+    "upload": "objects that were begun to be sent in pieces and never ended",
 }
 
 

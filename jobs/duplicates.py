@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shlex
 from typing import Annotated, cast
 
 import typer
@@ -22,6 +23,10 @@ Release = Annotated[str | None, typer.Option(help="Release to look in; the curre
 Memory = Annotated[int, typer.Option(min=64, help="MiB of index that may be held at once.")]
 
 SHOWN, MEMBERS = 5, 4
+NOT_REMOVED = {
+    "keys_of_kept_samples_too": "are of samples that stay too",
+    "keys_that_are_no_line": "are empty or hold a line break",
+}
 
 
 def duplicates(
@@ -59,11 +64,13 @@ def duplicates(
         markup=False,
     )
     show_groups(output, summary)
-    if summary["keys_of_kept_samples_too"]:
-        out.print(f"{summary['keys_of_kept_samples_too']:,} keys are of samples that stay too: they are not removed")
+    for name, why in NOT_REMOVED.items():
+        if summary[name]:
+            out.print(f"{summary[name]:,} keys {why}: they are not in remove.txt")
     out.print(f"{summary['folder']}/groups.parquet, keep.txt, remove.txt, summary.json", markup=False)
+    listed = f"{summary['folder']}/remove.txt"
     if summary["remove"] and modality == "image":
-        out.print(f"  vecmill remove {output} --keys {summary['folder']}/remove.txt", markup=False)
+        out.print(f"  {shlex.join(['vecmill', 'remove', output, '--keys', listed])}", markup=False)
 
 
 def show_groups(output: str, summary: dict[str, object]) -> None:

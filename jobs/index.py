@@ -120,7 +120,7 @@ def index(
         "variants": "auto" if variants else None,
     }
     build = wanted_build(named, folder, modality, given_settings(flags, set), update, force)
-    with connected(address or (named.recipe.cluster.address if named.recipe else None)):
+    with connected(address or named.address):
         release = printed(named.store, build)
         if merge:
             join(named.store, release, tell)

@@ -11,7 +11,7 @@ import yaml
 
 from pipelines.config import RunConfig, load_config, yaml_problem
 from pipelines.contracts import Modality
-from pipelines.errors import ConfigError
+from pipelines.errors import ConfigError, InputError
 from pipelines.storage import Store, whole_uri
 
 What = Annotated[
@@ -106,11 +106,29 @@ def output_store_root(output: str) -> str:
     return output
 
 
+def text_in(inputs: Store, file: str) -> str:
+    """A file or object in UTF-8, a byte order mark left out. inputs: a store of whole addresses. Raises: InputError."""
+    try:
+        return inputs.read(whole_uri(file)).decode("utf-8-sig")
+    except (OSError, ValueError, ImportError) as error:
+        raise InputError(f"{file} cannot be read: {error}", "Check the path.") from None
+
+
 class NamedOutput(NamedTuple):
     """An output as the command line names it. recipe: the one that names it, where one does."""
 
     store: Store
     recipe: RunConfig | None
+
+    @property
+    def address(self) -> str | None:
+        """Of the Ray cluster that the recipe names."""
+        return self.recipe.cluster.address if self.recipe else None
+
+    @property
+    def inputs(self) -> Store:
+        """Of whole addresses, with the output's storage settings."""
+        return Store(options=self.store.options)
 
     @property
     def encoder(self) -> str | None:

@@ -7,14 +7,13 @@ import json
 import os
 import re
 import socket
-from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from jobs.collect import output_store
 from jobs.console import err, out
-from jobs.options import AsJson, OutputArgument
+from jobs.options import AsJson, OutputArgument, text_in
 from pipelines.errors import ConfigError, InputError
 from pipelines.lease import Say
 from pipelines.storage import Store
@@ -26,12 +25,13 @@ if TYPE_CHECKING:
 SHOWN = 20
 
 KeysFile = Annotated[
-    Path | None, typer.Option("--keys", help="File of keys, one a line, as `samples/` has them.", show_default=False)
+    str | None,
+    typer.Option("--keys", help="File or object of keys, one a line, as `samples/` has them.", show_default=False),
 ]
 Keys = Annotated[list[str] | None, typer.Option("--key", help="A key. Repeatable.", show_default=False)]
 Images = Annotated[
-    Path | None,
-    typer.Option("--where-sha256", help="File of SHA-256 (hex) of images, one a line, under whatever keys."),
+    str | None,
+    typer.Option("--where-sha256", help="File or object of SHA-256 (hex) of images, one a line, whatever their keys."),
 ]
 Reason = Annotated[str, typer.Option(help="Why; kept for ever, so that it must not name what is removed.")]
 Compact = Annotated[
@@ -67,12 +67,12 @@ def remove(
 
     Example: vecmill remove s3://bucket/emb --compact --dry-run
     """
-    asked = asked_for(keys, key, where_sha256, reason)
+    store = output_store(output)
+    asked = asked_for(Store(options=store.options), keys, key, where_sha256, reason)
     if not (asked.keys or asked.sha256 or compact):
         raise ConfigError("There is nothing to remove", "Give --keys, --key or --where-sha256, or --compact.")
     if drop_releases and not compact:
         raise ConfigError("--drop-releases goes with --compact", "Give both.")
-    store = output_store(output)
     console = err if as_json else out
 
     def say(line: str) -> None:
@@ -92,10 +92,11 @@ def remove(
         require_no_holders(store, done)
 
 
-def asked_for(keys: Path | None, key: list[str] | None, images: Path | None, reason: str) -> Asked:
+def asked_for(inputs: Store, keys: str | None, key: list[str] | None, images: str | None, reason: str) -> Asked:
+    """inputs: of whole addresses, where the files of `keys` and `images` are."""
     from pipelines.remove import Asked
 
-    asked = Asked([*(key or []), *_lines(keys)], [line.lower() for line in _lines(images)])
+    asked = Asked([*(key or []), *_lines(inputs, keys)], [line.lower() for line in _lines(inputs, images)])
     if any(_names(reason, key) for key in asked.keys):
         raise ConfigError("The reason names a key, and would keep it for ever", "Say it otherwise.")
     return asked
@@ -115,11 +116,8 @@ def requester() -> str:
     return f"{name}@{socket.gethostname()}"
 
 
-def _lines(file: Path | None) -> list[str]:
-    try:
-        lines = file.read_text(encoding="utf-8-sig").split("\n") if file else []
-    except (OSError, UnicodeDecodeError) as error:
-        raise InputError(f"{file} cannot be read: {error}", "Check the path.") from None
+def _lines(inputs: Store, file: str | None) -> list[str]:
+    lines = text_in(inputs, file).split("\n") if file else []
     return [line for line in dict.fromkeys(line.removesuffix("\r") for line in lines) if line]
 
 

@@ -9,10 +9,10 @@ import typer
 from jobs.cluster import connected
 from jobs.console import out
 from jobs.options import Address, Format, output_store_root
-from jobs.stats import Inputs
-from pipelines.config import ReadConfig, validate
+from jobs.stats import DryRun, Inputs, InputSet, input_config, show_plan
+from pipelines.config import validate
 from pipelines.sources.split import SPLITS, SplitConfig
-from pipelines.storage import Store, whole_uri
+from pipelines.storage import Store
 
 Share = Annotated[float, typer.Option(min=0, max=1, help="Share of the groups.")]
 By = Annotated[str, typer.Option(help="What is not torn apart: key, label, or a field of the metadata as identity.")]
@@ -29,7 +29,9 @@ def split(
     output: Into = "splits.parquet",
     seed: Seed = 0,
     format: Format = None,
+    set: InputSet = None,
     address: Address = None,
+    dry_run: DryRun = False,
 ) -> None:
     """Split an input into train, val and test by the hash of a key: the same every time, with no group in two of them.
 
@@ -38,12 +40,14 @@ def split(
     Example: vecmill split 's3://bucket/{00000..00099}.tar' --by identity --output s3://bucket/splits.parquet
     """
     shares = validate(SplitConfig, {"train": train, "val": val, "test": test, "by": by, "seed": seed})
+    config = input_config(inputs, format, set)
     folder, _, name = output_store_root(output).rpartition("/")
+    if dry_run:
+        return show_plan(config, f"{folder}/{name}")
     with connected(address):
         from pipelines.splits import write_split
 
-        whole = [item if "://" in item else whole_uri(item) for item in inputs]
-        counts = write_split(whole, format or "auto", shares, ReadConfig(), Store(folder), name)
+        counts = write_split(config, shares, Store(folder, config.storage), name)
     total = counts.total()
     for split_name in SPLITS:
         out.print(f"  {split_name:<6}{counts[split_name]:>10,}  {counts[split_name] / max(1, total):.1%}", markup=False)

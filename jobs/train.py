@@ -80,11 +80,17 @@ def show_plan(run: TrainRun) -> None:
             "loss": " ".join(f"{key}={value}" for key, value in config.loss.model_dump().items()),
             "optim": " ".join(f"{key}={value}" for key, value in optim.model_dump().items()),
             "workers": f"{workers.workers} of {workers.gpus_per_worker:g} GPUs and {workers.cpus_per_worker:g} CPUs",
-            "done": f"{run.done} of {optim.epochs} epochs",
+            "done": f"{done(run)} of {optim.epochs}",
             "output": run.store.uri("model"),
         }
     )
     out.print("Nothing was changed. Run `vecmill train` with the same arguments to start.")
+
+
+def done(run: TrainRun) -> str:
+    """`3 epochs`, `3 epochs and 500 steps`."""
+    epochs, steps = run.done
+    return f"{epochs:,} epochs" + (f" and {steps:,} steps" if steps else "")
 
 
 def _evaluated_on(config: TrainConfig) -> str:
@@ -102,8 +108,8 @@ def run_training(run: TrainRun) -> None:
     if run.finished:
         out.print("The run is finished; nothing is left to do.")
         return show_result(run.store, json.loads(run.store.read("metrics.json")), run.store.uri("model"))
-    if run.done:
-        err.print(f"{run.done} epochs were done before; going on from their checkpoint.")
+    if any(run.done):
+        err.print(f"{done(run)} were done before; going on from their checkpoint.")
     with TrainProgress(run) as progress:
         history = train_what_is_left(
             run, progress, lambda line: err.print(line, markup=False), on_survey=progress.surveyed
@@ -136,14 +142,15 @@ class TrainProgress(LiveProgress):
     """Of training, in steps; and a line for each epoch."""
 
     def __init__(self, run: TrainRun) -> None:
-        self._store, self._epochs, self._told = run.store, run.config.optim.epochs, run.done
+        self._store, self._epochs, self._done = run.store, run.config.optim.epochs, run.done
+        self._told = run.done[0]
         self._steps = self._before = 0
         told = "{task.fields[rate]:.0f} pairs/s, loss {task.fields[loss]:.3f}"
         super().__init__("training", "steps", told, None, rate=0.0, loss=0.0)
 
     def surveyed(self, task: Task) -> None:
         found, per_epoch = task.survey, task.steps_per_epoch
-        self._steps, self._before = per_epoch * self._epochs, per_epoch * self._told
+        self._steps, self._before = per_epoch * self._epochs, per_epoch * self._done[0] + self._done[1]
         self._started = time.monotonic()
         classes = f", {len(found.classes):,} identities" if found.classes else ""
         err.print(

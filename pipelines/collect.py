@@ -29,6 +29,7 @@ from pipelines.storage import Store, is_temporary
 from pipelines.takedowns import FOLDER
 
 DATA = ("samples", "embeddings", "translations", "rejects")
+UPLOAD = "upload"
 _PART = re.compile(r"part-(?P<stem>[^.]+\.[^.]+\.\d+)\.parquet")
 
 
@@ -53,6 +54,7 @@ def leftovers(store: Store) -> list[Leftover]:
     ]
     found += [*staging, *_of_indexes(store)]
     found += [Leftover("retired", path, size) for path, size in store.sizes(RETIRED)]
+    found += [Leftover(UPLOAD, upload.path, upload.bytes) for upload in store.uploads()]
     return found
 
 
@@ -71,7 +73,8 @@ def collect(store: Store, say: Say = lambda line: None) -> list[Leftover]:
 def clear(store: Store) -> None:
     """Deletes what nothing names, of runs that are dead: for whoever holds the lease that excludes all others."""
     known = _commits(store)
-    store.delete(leftover.path for leftover in leftovers(store))
+    store.delete(leftover.path for leftover in leftovers(store) if leftover.kind != UPLOAD)
+    store.abort(store.uploads())
     _withdraw(store, _commits(store) - known)
 
 

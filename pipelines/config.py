@@ -221,6 +221,15 @@ class ClusterConfig(Section):
     memory_per_decode_task_mib: int = Field(1_024, ge=64)
 
 
+class InputConfig(Section):
+    """What a verb that only reads is told of its input."""
+
+    input: Annotated[list[str], BeforeValidator(one_or_more)] = Field(min_length=1)
+    format: Literal["auto", "tar", "parquet", "folder", "manifest"] = "auto"
+    read: ReadConfig = ReadConfig()
+    storage: dict[str, dict[str, Any]] = Field({}, description="file system options by protocol")
+
+
 class RunConfig(Section):
     """Everything an `embed` run is told."""
 

@@ -22,7 +22,7 @@ from pipelines.failures import plain_errors
 from pipelines.lease import Say, held
 from pipelines.ledger import Work, conclude, make_plan, retire, settle, tally
 from pipelines.meter import OnProgress, RemoteObserve, reading, reporting, start_meter
-from pipelines.observe import Observe, Stages, bottleneck
+from pipelines.observe import Observe, Pace, Stages, bottleneck
 from pipelines.prepare import Prepared, all_actors, require_output
 from pipelines.read import ShardSource
 from pipelines.record import write_record
@@ -112,15 +112,20 @@ def embed(
         run = replace(run, plan=make_plan(run.store, run.plan.shards, run.families, others))
         write_record(run.store, run.record)
         settle(run.store, run.plan)
-        meter = start_meter()
+        meter, pace = start_meter(), Pace()
+
+        def watch(stages: Stages) -> None:
+            pace.add(time.monotonic() - started, stages)
+            on_progress(stages)
+
         if run.plan.pending:
-            with reporting(meter, on_progress, progress_interval_s), failing_plainly(run):
+            with reporting(meter, watch, progress_interval_s), failing_plainly(run):
                 write_pending(run, RemoteObserve(meter))
             finish(run)
         if prune:
             for ref in run.plan.vanished:
                 retire(run.store, ref)
-        report = make_report(run, reading(meter), time.monotonic() - started)
+        report = {**make_report(run, reading(meter), time.monotonic() - started), "pace": pace.points}
         run.store.put_atomic(f"reports/{report['run']}.json", json.dumps(report, indent=2).encode())
     return report
 

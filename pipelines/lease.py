@@ -9,12 +9,13 @@ from __future__ import annotations
 
 import _thread
 import os
+import random
 import socket
 import threading
 import time
 import uuid
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from datetime import UTC, datetime
 from functools import cache
 from pathlib import Path
@@ -31,6 +32,7 @@ RENEW_S = 5.0
 LIMIT_S = 60.0
 """A lease that its holder has not renewed for so long is taken over: longer than one request may take."""
 PATIENCE_S = 3.0
+BETWEEN_LOOKS_S = (0.05, 0.2)
 
 Say = Callable[[str], None]
 
@@ -120,6 +122,25 @@ def held(
         ) from None
     finally:
         lease.drop()
+
+
+@contextmanager
+def in_turn(store: Store, name: str, verb: str, patience_s: float = 2 * LIMIT_S) -> Iterator[None]:
+    """As `held`, for work of a moment: waits for whoever has the lease, and is in nobody else's way.
+
+    Raises: HeldError where it does not come free within `patience_s`.
+    """
+    deadline = time.monotonic() + patience_s
+    with ExitStack() as turn:
+        while True:
+            try:
+                turn.enter_context(held(store, name, verb, excludes=lambda other: False))
+                break
+            except HeldError:
+                if time.monotonic() > deadline:
+                    raise
+                time.sleep(random.uniform(*BETWEEN_LOOKS_S))
+        yield
 
 
 class _Lease:

@@ -17,6 +17,8 @@ Observe = Callable[..., None]
 
 Stages = dict[str, dict[str, float]]
 
+MOST_POINTS = 200
+
 
 def nowhere(**_: Any) -> None:
     """An Observe that keeps nothing."""
@@ -36,6 +38,31 @@ class Meter:
 
     def snapshot(self) -> Stages:
         return {stage: dict(numbers) for stage, numbers in self._stages.items()}
+
+
+class Pace:
+    """How many rows each stage had done by when: MOST_POINTS at most, whose neighbours merge as a run goes on."""
+
+    def __init__(self) -> None:
+        self._points: list[dict[str, Any]] = []
+        self._apart_s = 0.0
+
+    def add(self, at_s: float, stages: Stages) -> None:
+        """at_s: since the run began, later than of the last."""
+        rows = {stage: numbers["rows"] for stage, numbers in stages.items() if "rows" in numbers}
+        before = self._points[-2]["seconds"] if len(self._points) > 1 else 0.0
+        if self._points and self._points[-1]["seconds"] < before + self._apart_s:
+            self._points.pop()
+        self._points.append({"seconds": round(at_s, 1), "rows": rows})
+        if len(self._points) > MOST_POINTS:
+            # Sums up to then: without every other point, an interval has what its two halves had.
+            self._points = self._points[::2]
+            self._apart_s = 2 * self._points[-1]["seconds"] / MOST_POINTS
+
+    @property
+    def points(self) -> list[dict[str, Any]]:
+        """`{"seconds": 12.0, "rows": {"read": 512, "write": 384}}`, in order."""
+        return list(self._points)
 
 
 class Clock:

@@ -12,6 +12,7 @@ from pydantic import BaseModel, TypeAdapter, ValidationError
 from pipelines.contracts import Modality
 from pipelines.encoders.base import EncoderSpec
 from pipelines.errors import LedgerError, PreflightError
+from pipelines.lease import in_turn
 from pipelines.storage import Store, is_whole_json
 
 FILE = "run.json"
@@ -68,8 +69,23 @@ def read_record(store: Store) -> RunRecord:
 
 
 def write_record(store: Store, record: RunRecord) -> None:
-    """Keeps what other runs have recorded since `record` was read. Raises: PreflightError where that contradicts it."""
-    there = read_record(store)
+    """Keeps what other runs have recorded since `record` was read, also at the same moment.
+
+    Raises: PreflightError where that contradicts it.
+    """
+    with in_turn(store, "record", "embed"):
+        there = read_record(store)
+        _require_agreement(store, there, record)
+        merged = record.model_copy(
+            update={
+                "encoders": {**there.encoders, **record.encoders},
+                "slices": {**there.slices, **record.slices},
+            }
+        )
+        store.put_atomic(FILE, json.dumps(merged.model_dump(), indent=2, sort_keys=True).encode())
+
+
+def _require_agreement(store: Store, there: RunRecord, record: RunRecord) -> None:
     for folder in record.encoders.keys() & there.encoders.keys():
         if there.encoders[folder].fingerprint != record.encoders[folder].fingerprint:
             require_same(folder, there.encoders[folder], record.encoders[folder].encoder_spec({}))
@@ -77,13 +93,7 @@ def write_record(store: Store, record: RunRecord) -> None:
         raise PreflightError(
             f"Another run has just cut the same input into shards for {store.root}", "Run the same command again."
         )
-    merged = record.model_copy(
-        update={
-            "encoders": {**there.encoders, **record.encoders},
-            "slices": {**there.slices, **record.slices},
-        }
-    )
-    store.put_atomic(FILE, json.dumps(merged.model_dump(), indent=2, sort_keys=True).encode())
+    require_same_rows(there.settings, record.settings)
 
 
 def require_same_rows(recorded: dict[str, Any], settings: dict[str, Any]) -> None:

@@ -13,11 +13,11 @@ import pyarrow.parquet as pq
 import ray.data
 from ray.data import DataContext
 
-from pipelines import sources
-from pipelines.config import ReadConfig
+from pipelines.config import InputConfig
 from pipelines.ledger import Work
 from pipelines.read import ShardSource
 from pipelines.sources.split import SplitConfig, split_of
+from pipelines.stats import planned
 from pipelines.storage import Store, scratch_folder
 from pipelines.training.examples import value_of
 
@@ -41,17 +41,14 @@ class Assign:
         return {"shard": row["shard"], "row": row["row"], "key": row["key"], "group": group, "split": split}
 
 
-def write_split(
-    inputs: list[str], format: str, shares: SplitConfig, read: ReadConfig, store: Store, path: str
-) -> Counter[str | None]:
+def write_split(config: InputConfig, shares: SplitConfig, store: Store, path: str) -> Counter[str | None]:
     """Puts a Parquet file of SPLIT, in the order of the input, and tells how many samples each split has.
 
     Ray must be connected. Memory: some blocks. Raises: InputError.
     """
     DataContext.get_current().execution_options.preserve_order = True
-    everywhere = Store(options=store.options)
-    shards, _ = sources.plan_shards(inputs, format, read, everywhere, {})
-    source = ShardSource([Work(shard, ("split",)) for shard in shards], read, everywhere)
+    everywhere, shards = Store(options=config.storage), planned(config)
+    source = ShardSource([Work(shard, ("split",)) for shard in shards], config.read, everywhere)
     rows = ray.data.read_datasource(source, override_num_blocks=len(shards)).map_batches(
         Assign(shares), batch_format="pyarrow", batch_size=None
     )

@@ -17,11 +17,13 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 import ray.data
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
 
 from pipelines import sources
-from pipelines.config import DecodeConfig, ReadConfig
-from pipelines.contracts import Reject
+from pipelines.config import DecodeConfig, InputConfig
+from pipelines.contracts import Reject, Shard
 from pipelines.decode import open_image
 from pipelines.encoders.matcher_text import words_of
 from pipelines.encoders.pixels import prepared
@@ -30,13 +32,13 @@ from pipelines.read import ShardSource
 from pipelines.storage import Store
 from pipelines.training.examples import value_of
 
-CHANNELS = 3
+COLOURS = ("red", "green", "blue")
 
 
 @dataclass
 class Stats:
-    """Of some samples. captions, words: how many samples have so many captions, how many captions so many words.
-    identities: images of each. pixels: of all images; sums, squares: of the channels' values, 0 to 255."""
+    """Of some samples, as histograms. captions: how many samples have so many. words: how many captions have so many.
+    identities: images of each. channels: of each colour, how many pixels of all images have a value, 0 to 255."""
 
     samples: int = 0
     images: int = 0
@@ -44,29 +46,24 @@ class Stats:
     captions: Counter[int] = field(default_factory=Counter)
     words: Counter[int] = field(default_factory=Counter)
     identities: Counter[str] = field(default_factory=Counter)
-    pixels: int = 0
-    sums: list[int] = field(default_factory=lambda: [0] * CHANNELS)
-    squares: list[int] = field(default_factory=lambda: [0] * CHANNELS)
+    channels: list[Counter[int]] = field(default_factory=lambda: [Counter() for _ in COLOURS])
 
     def add(self, other: Stats) -> None:
-        for name, value in vars(other).items():
-            own = getattr(self, name)
-            if isinstance(own, Counter):
-                own.update(value)
-            else:
-                setattr(
-                    self,
-                    name,
-                    [a + b for a, b in zip(own, value, strict=True)] if isinstance(own, list) else own + value,
-                )
+        self.samples += other.samples
+        self.images += other.images
+        self.unreadable += other.unreadable
+        for own, more in zip(self._histograms(), other._histograms(), strict=True):
+            own.update(more)
+
+    def _histograms(self) -> list[Counter[Any]]:
+        return [self.captions, self.words, self.identities, *self.channels]
 
     def see(self, image: np.ndarray[Any, Any]) -> None:
         """image: uint8 [height, width, 3]."""
-        values = image.reshape(-1, CHANNELS).astype(np.int64)
         self.images += 1
-        self.pixels += len(values)
-        self.sums = [a + int(b) for a, b in zip(self.sums, values.sum(0), strict=True)]
-        self.squares = [a + int(b) for a, b in zip(self.squares, (values**2).sum(0), strict=True)]
+        for at, channel in enumerate(self.channels):
+            values, counts = np.unique(image[..., at], return_counts=True)
+            channel.update(dict(zip(values.tolist(), counts.tolist(), strict=True)))
 
     def json(self) -> str:
         return json.dumps(vars(self))
@@ -74,32 +71,43 @@ class Stats:
     @staticmethod
     def parse(text: str) -> Stats:
         held = json.loads(text)
-        counts = {name: Counter({int(key): n for key, n in held[name].items()}) for name in ("captions", "words")}
-        return Stats(**{**held, **counts, "identities": Counter(held["identities"])})
+        counts = {name: _by_number(held[name]) for name in ("captions", "words")}
+        identities, channels = Counter(held["identities"]), list(map(_by_number, held["channels"]))
+        return Stats(**{**held, **counts, "identities": identities, "channels": channels})
 
     def report(self) -> dict[str, Any]:
         """What people want to know, as JSON. Means and deviations are of channels in [0, 1], over all pixels."""
-        n = max(1, self.pixels)
-        means = [total / n for total in self.sums]
-        # In whole numbers up to the last step: the difference of two large ones would lose digits.
-        spread = [sqrt(n * square - total**2) / n for square, total in zip(self.squares, self.sums, strict=True)]
+        moments = [_moments(channel) for channel in self.channels]
         return {
             "samples": self.samples,
             "images": self.images,
             "unreadable_images": self.unreadable,
-            "captions": {
-                "count": sum(k * v for k, v in self.captions.items()),
-                **_summary(self.captions, "per_sample"),
-            },
-            "words": {"count": sum(k * v for k, v in self.words.items()), **_summary(self.words, "per_caption")},
+            "captions": {"count": _sum(self.captions), **_summary(self.captions, "per_sample")},
+            "words": {"count": _sum(self.words), **_summary(self.words, "per_caption")},
             "identities": {"count": len(self.identities), **_summary(Counter(self.identities.values()), "images_each")},
-            "channels": {"mean": [mean / 255 for mean in means], "std": [each / 255 for each in spread]},
-            "pixels": self.pixels,
+            "channels": {
+                "mean": [mean for mean, _ in moments],
+                "std": [std for _, std in moments],
+                "histogram": [[channel[value] for value in range(256)] for channel in self.channels],
+            },
+            "pixels": self.channels[0].total(),
         }
 
 
-def _sum(one: Any, other: Any) -> Any:
-    return [a + b for a, b in zip(one, other, strict=True)] if isinstance(one, list) else one + other
+def _by_number(held: dict[str, int]) -> Counter[int]:
+    return Counter({int(value): count for value, count in held.items()})
+
+
+def _sum(histogram: Counter[int]) -> int:
+    return sum(value * count for value, count in histogram.items())
+
+
+def _moments(channel: Counter[int]) -> tuple[float, float]:
+    """Mean and deviation in [0, 1]; in whole numbers up to the last step, for the difference of two large ones would
+    lose digits."""
+    n, total = max(1, channel.total()), _sum(channel)
+    squares = sum(value**2 * count for value, count in channel.items())
+    return total / n / 255, sqrt(n * squares - total**2) / n / 255
 
 
 def _summary(histogram: Counter[int], name: str) -> dict[str, Any]:
@@ -110,7 +118,7 @@ def _summary(histogram: Counter[int], name: str) -> dict[str, Any]:
     shares = np.cumsum([histogram[value] for value in values])
     return {
         name: {
-            "mean": sum(k * v for k, v in histogram.items()) / total,
+            "mean": _sum(histogram) / total,
             "median": values[int(np.searchsorted(shares, total / 2))],
             "min": values[0],
             "max": values[-1],
@@ -150,17 +158,20 @@ class Measure:
                 stats.see(np.asarray(prepared(opened, self.decode.max_aspect).convert("RGB")))
 
 
-def measure(
-    inputs: list[str], format: str, identity: str | None, read: ReadConfig, storage: dict[str, dict[str, Any]]
-) -> Stats:
+def measure(config: InputConfig, identity: str | None) -> Stats:
     """Of everything in the inputs. Ray must be connected. Raises: InputError."""
-    store, decode = Store(options=storage), DecodeConfig()
-    shards, _ = sources.plan_shards(inputs, format, read, store, {})
-    source = ShardSource([Work(shard, ("stats",)) for shard in shards], read, store)
+    store, decode = Store(options=config.storage), DecodeConfig()
+    shards = planned(config)
+    source = ShardSource([Work(shard, ("stats",)) for shard in shards], config.read, store)
     rows = ray.data.read_datasource(source, override_num_blocks=len(shards)).map_batches(
         Measure(decode, identity), batch_format="pyarrow", batch_size=None, memory=decode.peak_mib * 2**20
     )
     return added(row["stats"] for row in rows.iter_rows())
+
+
+def planned(config: InputConfig) -> list[Shard]:
+    """The input's shards. Raises: InputError."""
+    return sources.plan_shards(config.input, config.format, config.read, Store(options=config.storage), {})[0]
 
 
 def added(parts: Iterable[str]) -> Stats:
@@ -171,19 +182,36 @@ def added(parts: Iterable[str]) -> Stats:
 
 
 def draw(stats: Stats) -> bytes:
-    """A PNG of the three histograms."""
-    panels = {
+    """A PNG of the histograms, of which those that are empty are left out."""
+    counts = {
         "captions of an image": stats.captions,
         "words of a caption": stats.words,
         "images of an identity": Counter(stats.identities.values()),
     }
-    shown = {title: histogram for title, histogram in panels.items() if histogram}
-    figure = Figure(figsize=(4.5 * max(1, len(shown)), 3.2), layout="constrained")
+    shown = {title: histogram for title, histogram in counts.items() if histogram}
+    panels = len(shown) + bool(stats.images)
+    figure = Figure(figsize=(4.5 * max(1, panels), 3.2), layout="constrained")
     for at, (title, histogram) in enumerate(shown.items(), 1):
-        axes = figure.add_subplot(1, len(shown), at)
+        axes = figure.add_subplot(1, panels, at)
         axes.bar(list(histogram), list(histogram.values()))
-        axes.set(xlabel=title, ylabel="count")
+        for axis in (axes.xaxis, axes.yaxis):
+            axis.set_major_locator(MaxNLocator(integer=True))
+        axes.set(xlabel=title, ylabel="count", xlim=(min(histogram) - 1, max(histogram) + 1))
         axes.grid(alpha=0.3, axis="y")
+    if stats.images:
+        _draw_channels(figure.add_subplot(1, panels, panels), stats)
     file = io.BytesIO()
     figure.savefig(file, format="png", dpi=110)
     return file.getvalue()
+
+
+def _draw_channels(axes: Axes, stats: Stats) -> None:
+    """Shares of the pixels by value, and each channel's mean and deviation."""
+    for colour, channel in zip(COLOURS, stats.channels, strict=True):
+        mean, std = _moments(channel)
+        shares = [channel[value] / channel.total() for value in range(256)]
+        axes.plot(np.arange(256) / 255, shares, color=f"tab:{colour}", label=f"{colour} {mean:.3f} ± {std:.3f}")
+        axes.axvline(mean, color=f"tab:{colour}", linestyle=":")
+    axes.set(xlabel="value of a channel", ylabel="share of the pixels", ylim=(0, None))
+    axes.grid(alpha=0.3)
+    axes.legend(frameon=False)

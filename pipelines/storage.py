@@ -63,6 +63,15 @@ def is_local(uri: str) -> bool:
 
 
 @dataclass(frozen=True)
+class Upload:
+    """One that was begun. bytes: sent so far, of its first 1,000 pieces. id: the storage's own."""
+
+    path: str
+    bytes: int
+    id: str
+
+
+@dataclass(frozen=True)
 class Store:
     """A folder in any storage fsspec opens; paths are relative to it (or whole, with root "").
 
@@ -300,6 +309,31 @@ class Store:
             with suppress(FileNotFoundError):
                 retrying(partial(fs.rm_file, bare), f"Cannot delete {self.uri(path)}")
 
+    def uploads(self) -> list[Upload]:
+        """Objects that were begun to be sent in pieces and have not come to their end, sorted by path.
+
+        No listing tells of them, and their bytes are paid for. Empty where storage knows no such thing, or does not
+        let one ask.
+        """
+        fs, bare = self._fs("")
+        if protocol_of(self.root) not in ("s3", "s3a"):
+            return []
+        bucket, _, prefix = bare.partition("/")
+        prefix = f"{prefix.rstrip('/')}/".lstrip("/")
+        try:
+            begun = retrying(lambda: list(_uploads(fs, bucket, prefix)), f"Cannot list what was begun in {self.root}")
+        except (PermissionError, NotImplementedError):
+            return []
+        return sorted((Upload(key.removeprefix(prefix), size, id) for key, size, id in begun), key=lambda it: it.path)
+
+    def abort(self, uploads: Iterable[Upload]) -> None:
+        """Those that are already gone are no error."""
+        for upload in uploads:
+            fs, bare = self._fs(upload.path)
+            bucket, _, key = bare.partition("/")
+            with suppress(FileNotFoundError):
+                retrying(partial(fs.abort_mpu, bucket, key, upload.id), f"Cannot abort {self.uri(upload.path)}")
+
     def delete_folder(self, path: str) -> None:
         self.delete(f"{path}/{name}" for name in self.names(path))
         if is_local(self.uri(path)):
@@ -317,6 +351,19 @@ def is_whole_json(data: bytes) -> bool:
 def is_temporary(path: str) -> bool:
     """Whether this is what a put to a local disk writes before the file has its name; left by one that died."""
     return bool(_TEMPORARY.fullmatch(path.rpartition("/")[2]))
+
+
+def _uploads(fs: Any, bucket: str, prefix: str) -> Iterator[tuple[str, int, str]]:
+    """Key, bytes and id of each, over all pages."""
+    after: dict[str, str] = {}
+    while True:
+        page = fs.call_s3("list_multipart_uploads", Bucket=bucket, Prefix=prefix, **after)
+        for found in page.get("Uploads", []):
+            pieces = fs.call_s3("list_parts", Bucket=bucket, Key=found["Key"], UploadId=found["UploadId"])
+            yield found["Key"], sum(piece["Size"] for piece in pieces.get("Parts", [])), found["UploadId"]
+        if not page.get("IsTruncated"):
+            return
+        after = {"KeyMarker": page["NextKeyMarker"], "UploadIdMarker": page["NextUploadIdMarker"]}
 
 
 def _plain(uri: str) -> str:

@@ -20,6 +20,7 @@ from pipelines.evaluate.groups import read_samples
 from pipelines.evaluate.items import require_one_vector
 from pipelines.index.parts import Ids, PartRange, Vectors, batches, open_part
 from pipelines.index.recall import Top
+from pipelines.index.selection import Selection, end_of
 from pipelines.search import Searcher
 from pipelines.storage import Store, scratch_folder
 
@@ -94,6 +95,18 @@ class Groups:
         return self.roots(np.arange(len(self.first)))
 
 
+@dataclass(frozen=True)
+class Found:
+    """By id. roots: the first of its group. sizes: of the group that it is the first of. nearest: as `Groups` has it.
+    stays: one of each group, and what is in none. findable: what was not taken down."""
+
+    roots: Ids
+    sizes: Ids
+    nearest: Vectors
+    stays: np.ndarray[Any, Any]
+    findable: Selection
+
+
 def find_duplicates(
     store: Store,
     encoder: str,
@@ -104,28 +117,30 @@ def find_duplicates(
 ) -> dict[str, Any]:
     """Groups, and lists of keys to keep and to remove, written under `folder`; returns the summary that is there too.
 
-    Memory: the index if it fits `memory_mib`, else a shard of it at a time; 40 bytes an item; the keys to remove.
-    Raises: ConfigError, IndexBuildError where there is no index and exact search is not asked for.
+    What was taken down is in none. Memory: the index if it fits `memory_mib`, else a shard of it at a time; 40 bytes an
+    item; the keys to remove. Raises: ConfigError, IndexBuildError where there is no index and exact search is not
+    asked for.
     """
     searcher = _searcher(store, encoder, modality, sought)
     require_one_vector(searcher.parts)
     target = folder or f"duplicates/{encoder}/{modality}"
-    groups = connect(searcher, sought, say)
+    findable = searcher.findable() or Selection.every(end_of(searcher.parts))
+    groups = connect(searcher, sought, findable, say)
     roots = groups.all_roots()
     sizes = np.bincount(roots, minlength=len(roots))
     stays = _staying(store, searcher, roots, sizes, sought.keep)
-    shared = _write(store, searcher, target, groups, roots, sizes, stays)
+    found = Found(roots, sizes, groups.nearest, stays, findable)
     summary = {
         "encoder": encoder,
         "modality": modality,
         "release": searcher.release.version if searcher.release and not sought.exact else None,
         **{name: getattr(sought, name) for name in ("threshold", "k", "keep", "exact")},
-        "items": len(roots),
+        "items": findable.total,
         "groups": int((sizes > 1).sum()),
         "in_groups": int(sizes[sizes > 1].sum()),
         "remove": int((~stays).sum()),
         "largest": int(sizes.max(initial=0)),
-        "keys_of_kept_samples_too": shared,
+        **_write(store, searcher, target, found),
         "folder": store.uri(target),
     }
     store.put_atomic(f"{target}/{SUMMARY}", json.dumps(summary, indent=2).encode())
@@ -143,24 +158,24 @@ def _searcher(store: Store, encoder: str, modality: Modality, sought: Sought) ->
     return Searcher(store, encoder, modality, sought.release)
 
 
-def connect(searcher: Searcher, sought: Sought, say: Say = lambda line: None) -> Groups:
-    """Asks for every item's neighbours, and joins those that are near enough."""
-    groups, done = Groups(searcher.parts.rows), 0
-    for first, batch in batches(searcher.store, searcher.parts):
+def connect(searcher: Searcher, sought: Sought, findable: Selection, say: Say = lambda line: None) -> Groups:
+    """Asks for every findable item's neighbours, and joins those that are near enough."""
+    groups, done, total = Groups(end_of(searcher.parts)), 0, findable.total
+    for first, batch in batches(searcher.store, findable.of(searcher.parts)):
         for at in range(0, len(batch), QUERIES_AT_ONCE):
-            asked = batch[at : at + QUERIES_AT_ONCE]
-            groups.join(*_pairs(searcher.nearest(asked, sought.k + 1), first + at, searcher.metric, sought.threshold))
-            done += len(asked)
-            if done * SAID // groups.count > (done - len(asked)) * SAID // groups.count:
-                say(f"{done:,} of {groups.count:,} looked at")
+            there = np.flatnonzero(findable.mask(first + at, first + min(at + QUERIES_AT_ONCE, len(batch)))) + at
+            top = searcher.nearest(batch[there], sought.k + 1, findable)
+            groups.join(*_pairs(top, first + there, searcher.metric, sought.threshold))
+            done += len(there)
+            if done * SAID // total > (done - len(there)) * SAID // total:
+                say(f"{done:,} of {total:,} looked at")
     return groups
 
 
-def _pairs(top: Top, first: int, metric: str, threshold: float) -> tuple[Ids, Ids, Vectors]:
+def _pairs(top: Top, asked: Ids, metric: str, threshold: float) -> tuple[Ids, Ids, Vectors]:
     scores = top.scores if metric == "ip" else 1 - top.scores / 2
-    own = np.arange(first, first + len(top.ids))[:, None]
-    query, place = np.nonzero((scores >= threshold) & (top.ids >= 0) & (top.ids != own))
-    return own[query, 0], top.ids[query, place], scores[query, place]
+    query, place = np.nonzero((scores >= threshold) & (top.ids >= 0) & (top.ids != asked[:, None]))
+    return asked[query], top.ids[query, place], scores[query, place]
 
 
 def _staying(store: Store, searcher: Searcher, roots: Ids, sizes: Ids, keep: Keep) -> np.ndarray[Any, Any]:
@@ -195,47 +210,48 @@ def _members(store: Store, searcher: Searcher) -> Iterator[tuple[PartRange, Ids,
         yield part, table["row"].to_numpy(), table
 
 
-def _write(
-    store: Store,
-    searcher: Searcher,
-    folder: str,
-    groups: Groups,
-    roots: Ids,
-    sizes: Ids,
-    stays: np.ndarray[Any, Any],
-) -> int:
-    """The files. Returns how many keys are to be removed and kept at once, which stand in neither list's way: a key
-    that a sample which stays has too is not in the removal list, since `remove` takes all that have it."""
+def _write(store: Store, searcher: Searcher, folder: str, found: Found) -> dict[str, int]:
+    """The files. Returns how many keys of what should go are not in the removal list: those that a sample which stays
+    has too, since `remove` takes all that have it, and those that are no line of a file."""
     with scratch_folder() as scratch:
         local = {name: Path(scratch) / name for name in (GROUPS, KEEP, REMOVE)}
         going: set[str] = set()
         staying_keys: set[str] = set()
         for part, _, table in _members(store, searcher):
-            mine = stays[part.offset : part.offset + part.rows]
+            mine = found.stays[part.offset : part.offset + part.rows]
             going |= set(table["key"].filter(pa.array(~mine)).to_pylist())
         with ExitStack() as stack:
             file = stack.enter_context(pq.ParquetWriter(local[GROUPS], SCHEMA))
             keep = stack.enter_context(local[KEEP].open("w", encoding="utf-8"))
             for part, _, table in _members(store, searcher):
-                ids = slice(part.offset, part.offset + part.rows)
-                grouped = np.flatnonzero(sizes[roots[ids]] > 1)
-                file.write_table(_rows(table.take(grouped), roots[ids], stays[ids], groups.nearest[ids], grouped))
-                kept = table["key"].filter(pa.array(stays[ids])).to_pylist()
+                first, stop = part.offset, part.offset + part.rows
+                file.write_table(_rows(table, found, first, stop))
+                there = found.stays[first:stop] & found.findable.mask(first, stop)
+                kept = table["key"].filter(pa.array(there)).to_pylist()
                 staying_keys |= going.intersection(kept)
                 keep.writelines(f"{key}\n" for key in kept)
-        local[REMOVE].write_text("".join(f"{key}\n" for key in sorted(going - staying_keys)), encoding="utf-8")
+        lines = {key for key in going if is_line(key)}
+        local[REMOVE].write_text("".join(f"{key}\n" for key in sorted(lines - staying_keys)), encoding="utf-8")
         for name, path in local.items():
             store.put_atomic(f"{folder}/{name}", path)
-    return len(staying_keys)
+    return {"keys_of_kept_samples_too": len(staying_keys), "keys_that_are_no_line": len(going - lines)}
 
 
-def _rows(table: pa.Table, roots: Ids, stays: np.ndarray[Any, Any], nearest: Vectors, which: Ids) -> pa.Table:
+def is_line(key: str) -> bool:
+    """Whether a list of keys, one a line, can hold it: cut in two it would name others."""
+    return bool(key) and "\n" not in key and not key.endswith("\r")
+
+
+def _rows(table: pa.Table, found: Found, first: int, stop: int) -> pa.Table:
+    """SCHEMA of the items of a part, whose ids these are, that are in a group."""
+    grouped = np.flatnonzero(found.sizes[found.roots[first:stop]] > 1)
+    table = table.take(grouped)
     columns = {
-        "group": pa.array(roots[which]),
-        "keep": pa.array(stays[which]),
+        "group": pa.array(found.roots[first + grouped]),
+        "keep": pa.array(found.stays[first + grouped]),
         **{name: table[name] for name in ("shard", "row", "key")},
-        "caption_index": table["caption_index"] if "caption_index" in table.column_names else pa.nulls(len(which)),
-        "nearest": pa.array(nearest[which]),
+        "caption_index": table["caption_index"] if "caption_index" in table.column_names else pa.nulls(len(grouped)),
+        "nearest": pa.array(found.nearest[first + grouped]),
     }
     return pa.table({name: columns[name] for name in SCHEMA.names}).cast(SCHEMA)
 

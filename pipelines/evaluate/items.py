@@ -14,7 +14,10 @@ from pipelines.contracts import Modality
 from pipelines.errors import ConfigError
 from pipelines.evaluate.groups import OUTSIDE, Groups
 from pipelines.index.parts import Ids, Parts, Vectors, embeddings_folder, list_parts, open_part, take, vectors
+from pipelines.index.removed import not_removed
+from pipelines.index.selection import Selection
 from pipelines.storage import Store
+from pipelines.takedowns import read_takedowns
 
 CODES_AT_ONCE = 2**18
 
@@ -49,11 +52,13 @@ class Items(Protocol):
 
 @dataclass(frozen=True)
 class StoredItems:
-    """Those of an output's parts; memory for one tile. Ids are FAISS ids where the parts are a release's."""
+    """Those of an output's parts, `findable` ones alone; memory for one tile. Ids are FAISS ids where the parts are a
+    release's."""
 
     store: Store
     parts: Parts
     groups: Groups
+    findable: Selection | None = None
 
     @property
     def dim(self) -> int:
@@ -79,6 +84,8 @@ class StoredItems:
             with open_part(self.store, path) as stream, pq.ParquetFile(stream, pre_buffer=False) as file:
                 for batch in file.iter_batches(rows, columns=columns, use_threads=False):
                     codes = self.groups.codes(part.name, batch["row"].to_numpy())
+                    if self.findable:
+                        codes = np.where(self.findable.mask(first, first + len(codes)), codes, OUTSIDE)
                     wanted = "embedding" in columns
                     found = vectors(batch["embedding"], self.dim) if wanted else np.empty((0, self.dim), np.float32)
                     yield np.arange(first, first + len(codes)), codes, found
@@ -104,10 +111,11 @@ class HeldItems:
 
 
 def stored(store: Store, encoder: str, modality: Modality, groups: Groups) -> StoredItems:
-    """Every item there is now. Raises: NoVectorsError; ConfigError where an item has several vectors."""
+    """Every item there is now, but for what was taken down. Raises: NoVectorsError; ConfigError where an item has
+    several vectors."""
     parts = list_parts(store, embeddings_folder(encoder, modality))
     require_one_vector(parts)
-    return StoredItems(store, parts, groups)
+    return StoredItems(store, parts, groups, not_removed(store, parts, read_takedowns(store)))
 
 
 def require_one_vector(parts: Parts) -> None:

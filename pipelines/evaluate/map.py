@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections import Counter
 from typing import Any
 
 import numpy as np
@@ -52,14 +53,13 @@ def draw_map(
         for (x, y), each, group in zip(positions(vectors, seed).tolist(), samples, groups, strict=True)
     ]
     pictures = [shown(*each) for each in zip(samples, thumbnails(store, samples, SIDE), strict=True)]
-    names = sorted(set(groups), key=lambda name: (-groups.count(name), name))
-    colours = {name: COLOURS[min(at, len(COLOURS) - 1)] for at, name in enumerate(names)}
+    legend, colours = coloured(Counter(groups))
     document = {"encoder": encoder, "modality": modality, "of": total, "by": by, "seed": seed, "points": points}
     html = page(
         "map.html",
         title=f"{encoder} {modality}: {len(points):,} of {total:,}",
         by=by,
-        legend=[(name, colours[name], groups.count(name)) for name in names[: len(COLOURS)]],
+        legend=legend,
         points=[
             {**point, **picture, "colour": colours[str(point["group"])]}
             for point, picture in zip(points, pictures, strict=True)
@@ -68,6 +68,17 @@ def draw_map(
     store.put_atomic(f"{target}/map.html", html)
     store.put_atomic(f"{target}/map.json", json.dumps(document).encode())
     return {**document, "page": store.uri(f"{target}/map.html")}
+
+
+def coloured(groups: Counter[str]) -> tuple[list[tuple[str, str, int]], dict[str, str]]:
+    """The legend, of (name, colour, count), the commonest first, and the colour of each group. Groups that there are
+    too few colours for share the last, as others."""
+    names = sorted(groups, key=lambda name: (-groups[name], name))
+    own = len(names) if len(names) <= len(COLOURS) else len(COLOURS) - 1
+    legend = [(name, colour, groups[name]) for name, colour in zip(names[:own], COLOURS, strict=False)]
+    if others := names[own:]:
+        legend.append((f"{len(others)} others", COLOURS[-1], sum(groups[name] for name in others)))
+    return legend, {**dict.fromkeys(others, COLOURS[-1]), **{name: colour for name, colour, _ in legend[:own]}}
 
 
 def positions(vectors: Vectors, seed: int) -> NDArray[np.float64]:

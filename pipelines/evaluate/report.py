@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import base64
 import json
 from collections.abc import Iterator
 from datetime import UTC, datetime
@@ -29,12 +28,16 @@ from pipelines.ledger import tally
 from pipelines.record import EncoderRecord, read_record
 from pipelines.search import Hit, Searcher
 from pipelines.storage import Store, is_whole_json
+from pipelines.training.curves import Lines, draw_panel, flattened, panels
 
 EXAMPLES, SEARCHES, HITS, RUNS, LABELS = 3, 4, 6, 20, 20
+OF_A_RUN = ("run", "seconds", "shards", "stages", "bottleneck", "pace")
+LEAST_POINTS, INTERVALS = 3, 60
 STAGES = ("read", "translate", "decode", "encode", "write")
 FIGURES = ("recall@1", "recall@5", "recall@10", "ndcg@10", "map", "median_rank")
 PAGE, DATA = "report.html", "report.json"
-CURVES, METRICS = "curves.png", "metrics.json"
+METRICS = "metrics.json"
+"""That a training job writes."""
 
 
 def report(store: Store, folder: str = "report", seed: int = 0) -> dict[str, Any]:
@@ -56,9 +59,13 @@ def report(store: Store, folder: str = "report", seed: int = 0) -> dict[str, Any
         "rejects": rejects,
         "labels": dict(told.labels.most_common(LABELS)),
         "runs": [
-            {name: run.get(name) for name in ("run", "seconds", "shards", "stages", "bottleneck")} for run in runs
+            {name: run.get(name) for name in ("run", "seconds", "shards", "stages", "bottleneck", "pace")}
+            for run in runs
         ],
         "evaluations": {encoder: found for encoder in record.encoders if (found := _json(store, kept_at(encoder)))},
+        "training": {
+            encoder: history for encoder, each in record.encoders.items() if (history := _history(store, each))
+        },
         "indexes": {
             f"{encoder}/{release.modality}": {"release": release.version, "recall": release.recall.model_dump()}
             for encoder, each in record.encoders.items()
@@ -146,7 +153,27 @@ def _stages(runs: list[dict[str, Any]]) -> dict[str, Any] | None:
         chart = markup(svg(drawn, "rows a second by stage"))
     cells = ("rows", "seconds", "rows_per_second", "peak_mib")
     rows = [[name, *(f"{numbers.get(cell, 0):,.1f}".removesuffix(".0") for cell in cells)] for name, numbers in known]
-    return {"chart": chart, "rows": rows, "run": run["run"], "bottleneck": run.get("bottleneck")}
+    facts = {"run": run["run"], "bottleneck": run.get("bottleneck")}
+    return {"chart": chart, "rows": rows, "pace": _pace(run.get("pace") or []), **facts}
+
+
+def _pace(points: list[dict[str, Any]]) -> Any:
+    """Rows a second of each stage over the run's time; None of a run that was too short to have any."""
+    if len(points) < LEAST_POINTS:
+        return None
+    seconds = np.array([0.0, *(point["seconds"] for point in points)])
+    # Stages take their rows in blocks: of intervals shorter than those, most have none and some have all.
+    edges = np.linspace(0, seconds[-1], 1 + min(INTERVALS, len(points) // LEAST_POINTS))
+    with figure(9, 2.8, for_page=True) as drawn:
+        axes = drawn.subplots()
+        for stage in (name for name in STAGES if name in points[-1]["rows"]):
+            done = np.interp(edges, seconds, [0, *(point["rows"].get(stage, 0) for point in points)])
+            axes.stairs(np.diff(done) / np.diff(edges), edges, label=stage, linewidth=1.4)
+        axes.set(xlabel="seconds since the run began", ylabel="rows a second", xlim=(0, seconds[-1]))
+        axes.set_ylim(bottom=0)
+        axes.grid(axis="y")
+        axes.legend(loc="center left", bbox_to_anchor=(1, 0.5))
+        return markup(svg(drawn, "rows a second over time"))
 
 
 def _run_row(run: dict[str, Any]) -> list[str]:
@@ -162,7 +189,7 @@ def _card(store: Store, encoder: str, record: EncoderRecord, document: dict[str,
         "quality": [_quality(result) for result in document["evaluations"].get(encoder, {}).get("results", [])],
         "indexes": [_index(release) for release in _releases(store, encoder, record)],
         "searches": list(_searches(store, encoder, record, seed)),
-        "training": _training(store, record),
+        "training": _training(history) if (history := document["training"].get(encoder)) else None,
     }
 
 
@@ -186,33 +213,34 @@ def _facts(record: EncoderRecord) -> list[list[str]]:
     return [[name, value] for name, value in facts.items() if value]
 
 
-def _training(store: Store, record: EncoderRecord) -> dict[str, Any] | None:
-    """The curves and figures of the job that made the model, which it leaves beside the model's folder."""
-    family, _, folder = str(record.spec["reference"]).rpartition("local-dir:")
+def _history(store: Store, record: EncoderRecord) -> dict[str, Any] | None:
+    """What the job that made the model has left beside the model's folder: its address, and every epoch's figures."""
+    _, _, folder = str(record.spec["reference"]).rpartition("local-dir:")
     home = Store(folder.rstrip("/").rpartition("/")[0], store.options)
-    if family or not home.root:
-        return None
     try:
-        curves = home.read(CURVES)
-    except FileNotFoundError:
+        told = _json(home, METRICS) if home.root else None
+    except VecmillError:
+        # The model is of a place that this report cannot look into.
         return None
-    figures = _numbers(_json(home, METRICS) or {})
+    return {"folder": home.uri(), **told} if told and told.get("epochs") else None
+
+
+def _training(history: dict[str, Any]) -> dict[str, Any]:
+    """Curves of all epochs, and the figures of the one that the model is of."""
+    epochs = history["epochs"]
+    best = next((told for told in epochs if told["epoch"] == history.get("best_epoch")), epochs[-1])
     return {
-        "picture": f"data:image/png;base64,{base64.b64encode(curves).decode()}",
-        "figures": [[name, f"{value:.4g}"] for name, value in figures.items()],
-        "folder": home.uri(),
+        "charts": [_curves(title, lines) for title, lines in panels(epochs).items()],
+        "figures": [[name.replace("_", " "), f"{value:.4g}"] for name, value in flattened(best).items()],
+        "epoch": f"epoch {best['epoch']} of {len(epochs)}",
+        "folder": history["folder"],
     }
 
 
-def _numbers(told: dict[str, Any], above: str = "") -> dict[str, float]:
-    """The numbers of nested objects, by dotted name; lists, as of epochs, are in the curves."""
-    found: dict[str, float] = {}
-    for name, value in told.items():
-        if isinstance(value, dict):
-            found |= _numbers(value, f"{above}{name}.")
-        elif isinstance(value, int | float) and not isinstance(value, bool):
-            found[f"{above}{name}"] = value
-    return found
+def _curves(title: str, lines: Lines) -> Any:
+    with figure(4, 2.8, for_page=True) as drawn:
+        draw_panel(drawn.subplots(), title, lines)
+        return markup(svg(drawn, title))
 
 
 def _quality(result: dict[str, Any]) -> dict[str, Any]:
@@ -220,10 +248,16 @@ def _quality(result: dict[str, Any]) -> dict[str, Any]:
     columns = [("exact", result["figures"])]
     if through:
         columns += [("in index", through["found"]), ("exact there", through["exact"]), ("loss", through["loss"])]
-    rows = [[name, *(f"{told[name]:.4g}" if name in told else "" for _, told in columns)] for name in FIGURES]
+    rows = [[name.replace("_", " "), *(_cell(name, told) for _, told in columns)] for name in FIGURES]
     told = f"{result['queries']:,} of {result['of']:,} queries in {result['gallery']:,}"
     title = f"{result['protocol']}: {result['asks']} → {result['finds']}"
     return {"title": title, "told": told, "rows": rows, "head": ["", *(name for name, _ in columns)]}
+
+
+def _cell(name: str, told: dict[str, float]) -> str:
+    if name not in told:
+        return ""
+    return f"{told[name]:,.1f}" if name.endswith("rank") else f"{told[name]:.4f}"
 
 
 def _index(release: Release) -> dict[str, Any]:

@@ -14,6 +14,7 @@ from datetime import UTC, datetime
 from typing import Any, Literal
 
 import numpy as np
+from numpy.typing import NDArray
 
 from pipelines.contracts import Modality
 from pipelines.errors import ConfigError
@@ -31,7 +32,7 @@ from pipelines.evaluate.items import (
 )
 from pipelines.evaluate.metrics import DEPTHS, Ranks, at_depths, ranks_in_order
 from pipelines.evaluate.ranking import Room, count_relevant, exact_figures
-from pipelines.index.parts import Ids
+from pipelines.index.parts import Ids, Vectors
 from pipelines.index.recall import without
 from pipelines.index.release import latest_or_none
 from pipelines.record import read_record
@@ -45,6 +46,8 @@ DIRECTIONS: dict[Protocol, list[tuple[Modality, Modality]]] = {
     "identity": [("text", "image")],
     "label": [("image", "image")],
 }
+ROUNDING = 1e-6
+"""Of a score of unit vectors in float32: that of equal vectors differs by it with their places in a batch."""
 PAIRS_AT_LEAST, QUERIES_AT_LEAST = 2 * 10**9, 1_000
 Say = Callable[[str], None]
 
@@ -213,7 +216,7 @@ def _through_index(
     }
     parts = searchers["found"].parts
     require_one_vector(parts)
-    gallery = StoredItems(store, parts, groups)
+    gallery = StoredItems(store, parts, groups, searchers["found"].findable())
     if same:
         # A release may have other parts, or have them in another order, than there are now.
         queries = collect(gallery, draw(gallery, len(queries), asked.seed)[0], asked.room.tile_rows(0, gallery.dim))
@@ -235,8 +238,15 @@ def _through_index(
 
 def _found(searcher: Searcher, gallery: Items, queries: Tile, own: Ids, relevant: Ids) -> Ranks:
     top = without(searcher.nearest(queries.vectors, max(DEPTHS) + 1), own)
-    codes = codes_of(gallery, top.ids[:, : max(DEPTHS)])
-    return ranks_in_order((codes == queries.codes[:, None]) & (codes != OUTSIDE), relevant)
+    codes = codes_of(gallery, top.ids)
+    hits = (codes == queries.codes[:, None]) & (codes != OUTSIDE)
+    return ranks_in_order(wrong_first(hits, top.scores)[:, : max(DEPTHS)], relevant)
+
+
+def wrong_first(hits: NDArray[np.bool_], scores: Vectors) -> NDArray[np.bool_]:
+    """Hits [n, k], best first, of which those of equal scores (but for rounding) are ordered as exact ranking does."""
+    runs = np.cumsum(np.abs(np.diff(scores, axis=1, prepend=scores[:, :1])) > ROUNDING, axis=1)
+    return np.take_along_axis(hits, np.lexsort((hits, runs), axis=1), axis=1)
 
 
 def _in_folds(

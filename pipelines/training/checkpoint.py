@@ -17,30 +17,38 @@ from pipelines.storage import Store, scratch_folder
 
 FOLDER, MODEL, METRICS, SURVEY, RECORD = "checkpoints", "model", "metrics.json", "survey.json", "train.json"
 KEPT = 2
-_NAME = re.compile(r"epoch-(\d{5})\.pt")
+_NAME = re.compile(r"epoch-(\d{5})(?:-step-(\d{8}))?\.pt")
+
+Position = tuple[int, int]
+"""Epochs that are done, and steps of the next."""
 
 
-def save_checkpoint(store: Store, epoch: int, state: dict[str, Any]) -> None:
-    """After `epoch` epochs; those before the last two go. A put is whole or absent, so each that is there is whole."""
+def save_checkpoint(store: Store, at: Position, state: dict[str, Any]) -> None:
+    """Those before the last two go. A put is whole or absent, so each that is there is whole."""
     with scratch_folder() as folder:
         path = Path(folder) / "state.pt"
         torch.save(state, path)
-        store.put_atomic(f"{FOLDER}/epoch-{epoch:05d}.pt", path)
-    store.delete(f"{FOLDER}/epoch-{old:05d}.pt" for old in epochs_in(store) if old <= epoch - KEPT)
+        store.put_atomic(_path(at), path)
+    store.delete(map(_path, checkpoints(store)[:-KEPT]))
 
 
-def epochs_in(store: Store) -> list[int]:
-    """Of the checkpoints that are there, ascending."""
+def checkpoints(store: Store) -> list[Position]:
+    """Of which there is one, ascending."""
     found = (_NAME.fullmatch(name) for name in store.names(FOLDER))
-    return sorted(int(match[1]) for match in found if match)
+    return sorted((int(match[1]), int(match[2] or 0)) for match in found if match)
 
 
 def last_checkpoint(store: Store, device: torch.device) -> dict[str, Any] | None:
-    epochs = epochs_in(store)
-    if not epochs:
+    there = checkpoints(store)
+    if not there:
         return None
-    data = store.read(f"{FOLDER}/epoch-{epochs[-1]:05d}.pt")
+    data = store.read(_path(there[-1]))
     return dict(torch.load(io.BytesIO(data), map_location=device, weights_only=True))
+
+
+def _path(at: Position) -> str:
+    epoch, step = at
+    return f"{FOLDER}/epoch-{epoch:05d}" + (f"-step-{step:08d}.pt" if step else ".pt")
 
 
 def save_model(store: Store, matcher: Matcher, config: MatcherConfig, vocabulary: list[str], dtype: str) -> None:

@@ -20,28 +20,46 @@ PANELS: dict[str, dict[str, str]] = {
 """Title to series: their names in the metrics, and in the legend."""
 
 
+Lines = dict[str, list[tuple[int, float]]]
+"""Legend to (epoch, figure)."""
+
+
 def draw_curves(epochs: list[dict[str, Any]]) -> bytes:
     """A PNG with a panel for each kind of figure that the epochs have."""
-    flat = [_flat(told) for told in epochs]
-    present = {title: known for title, names in PANELS.items() if (known := _known(names, flat))}
+    present = panels(epochs)
     figure = Figure(figsize=(4.5 * max(1, len(present)), 3.4), layout="constrained")
-    for at, (title, names) in enumerate(present.items(), 1):
-        axes = figure.add_subplot(1, len(present), at)
-        for name, label in names.items():
-            points = [(told["epoch"], told[name]) for told in flat if name in told]
-            axes.plot(*zip(*points, strict=True), label=label, marker="o" if len(points) < 10 else None, markersize=3)
-        axes.set(title=title, xlabel="epoch", **({} if title == "loss" else {"ylim": (min(0, axes.get_ylim()[0]), 1)}))
-        axes.grid(alpha=0.3)
-        axes.legend(frameon=False)
+    for at, (title, lines) in enumerate(present.items(), 1):
+        draw_panel(figure.add_subplot(1, len(present), at), title, lines)
     file = io.BytesIO()
     figure.savefig(file, format="png", dpi=110)
     return file.getvalue()
 
 
-def _flat(told: dict[str, Any]) -> dict[str, float]:
+def panels(epochs: list[dict[str, Any]]) -> dict[str, Lines]:
+    """By title those of PANELS that the epochs have figures for."""
+    flat = [flattened(told) for told in epochs]
+    found = {
+        title: {
+            label: points
+            for name, label in names.items()
+            if (points := [(told["epoch"], told[name]) for told in flat if name in told])
+        }
+        for title, names in PANELS.items()
+    }
+    return {title: lines for title, lines in found.items() if lines}
+
+
+def draw_panel(axes: Any, title: str, lines: Lines) -> None:
+    for label, points in lines.items():
+        axes.plot(*zip(*points, strict=True), label=label, marker="o" if len(points) < 10 else None, markersize=3)
+    axes.set(title=title, xlabel="epoch", **({} if title == "loss" else {"ylim": (min(0, axes.get_ylim()[0]), 1)}))
+    axes.xaxis.get_major_locator().set_params(integer=True)
+    axes.grid(alpha=0.3)
+    axes.legend(frameon=False)
+
+
+def flattened(told: dict[str, Any]) -> dict[str, Any]:
+    """An epoch's figures, those of a group as `group name`."""
     groups = ((name, value) for name, value in told.items() if isinstance(value, dict))
-    return {**told, **{f"{name} {key}": each for name, group in groups for key, each in group.items()}}
-
-
-def _known(names: dict[str, str], flat: list[dict[str, float]]) -> dict[str, str]:
-    return {name: label for name, label in names.items() if any(name in told for told in flat)}
+    plain = {name: value for name, value in told.items() if not isinstance(value, dict)}
+    return {**plain, **{f"{name} {key}": each for name, group in groups for key, each in group.items()}}

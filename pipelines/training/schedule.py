@@ -11,14 +11,16 @@ from torch import Tensor
 from pipelines.training.settings import OptimConfig
 
 
-def learning_rate(step: int, steps_per_epoch: int, optim: OptimConfig) -> float:
-    """Of a step, from 0 on. What follows the frozen stage has a schedule of its own, over the epochs that are left."""
+def learning_rate(epoch: int, step: int, steps_per_epoch: int, optim: OptimConfig) -> float:
+    """Of a step of an epoch, both from 0 on. What follows the frozen stage has a schedule of its own, over the epochs
+    that are left. steps_per_epoch: as expected; an epoch of more or fewer moves no other one's rates."""
+    at = epoch * steps_per_epoch + min(step, steps_per_epoch - 1)
     frozen = optim.frozen_epochs * steps_per_epoch
-    if step < frozen:
-        return optim.lr * _factor(step, frozen, steps_per_epoch, optim)
+    if at < frozen:
+        return optim.lr * _factor(at, frozen, steps_per_epoch, optim)
     left = (optim.epochs - optim.frozen_epochs) * steps_per_epoch
     base = (optim.finetune_lr or optim.lr) if optim.frozen_epochs else optim.lr
-    return base * _factor(step - frozen, left, steps_per_epoch, optim)
+    return base * _factor(at - frozen, left, steps_per_epoch, optim)
 
 
 def _factor(step: int, steps: int, steps_per_epoch: int, optim: OptimConfig) -> float:

@@ -118,6 +118,12 @@ class StopConfig(Section):
     patience: PositiveInt | None = Field(None, description="evaluations without a better one before it stops")
 
 
+class CheckpointConfig(Section):
+    every_steps: PositiveInt | None = Field(
+        None, description="steps from one checkpoint to the next within an epoch, at whose end there is one anyway"
+    )
+
+
 class WorkersConfig(Section):
     workers: PositiveInt | Auto = Field("auto", description="auto: one a GPU, one in all on CPU")
     gpus_per_worker: NonNegativeFloat | Auto = Field("auto", description="auto: 1 where the cluster has GPUs, else 0")
@@ -139,6 +145,7 @@ class TrainConfig(Section):
     loss: LossConfig = LossConfig()
     optim: OptimConfig = OptimConfig()
     stop: StopConfig = StopConfig()
+    checkpoint: CheckpointConfig = CheckpointConfig()
     workers: WorkersConfig = WorkersConfig()
     cluster: ClusterConfig = ClusterConfig()
     storage: dict[str, dict[str, Any]] = Field({}, description="file system options by protocol")

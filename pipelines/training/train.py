@@ -10,13 +10,16 @@ metrics.json       every epoch's figures       curves.png   the same to look at
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
 import ray
 import ray.data
+import ray.train
+import ray.train.torch
 from ray.data import DataContext, ExecutionOptions
 from ray.train import DataConfig as SplitBetweenWorkers
 from ray.train import FailureConfig, RunConfig, ScalingConfig
@@ -36,15 +39,16 @@ from pipelines.read import ShardSource
 from pipelines.record import differences
 from pipelines.secrets import masked_values
 from pipelines.storage import Store, scratch_folder
-from pipelines.training.checkpoint import RECORD, SURVEY, epochs_in, read_history
+from pipelines.training.checkpoint import RECORD, SURVEY, Position, checkpoints, read_history
 from pipelines.training.curves import draw_curves
 from pipelines.training.examples import Examples, Part
-from pipelines.training.loop import Task, matcher_config, work
+from pipelines.training.loop import Task, Worker, matcher_config
+from pipelines.training.place import Place
 from pipelines.training.settings import TrainConfig
 from pipelines.training.survey import Count, Survey, add_up
 
 CURVES = "curves.png"
-_MAY_CHANGE = {"output", "workers", "cluster", "storage"}
+_MAY_CHANGE = {"output", "checkpoint", "workers", "cluster", "storage"}
 """Settings that a run may be continued with others of; the rest decides what it makes."""
 
 
@@ -52,7 +56,7 @@ _MAY_CHANGE = {"output", "workers", "cluster", "storage"}
 class TrainRun:
     """A run ready to start. config holds no "auto". shards: of the input; val_shards: of what is evaluated on.
 
-    done: epochs that a checkpoint has. finished: nothing is left to do.
+    done: what the last checkpoint has. finished: nothing is left to do.
     """
 
     config: TrainConfig
@@ -60,7 +64,7 @@ class TrainRun:
     shards: list[Shard]
     val_shards: list[Shard]
     record: dict[str, Any]
-    done: int
+    done: Position
     finished: bool
 
     @property
@@ -86,7 +90,7 @@ def prepare_training(config: TrainConfig, cluster: Cluster) -> TrainRun:
     record = {"settings": settings, "shards": versions}
     _require_same(store, record)
     finished = bool(read_history(store).get("finished"))
-    return TrainRun(config, store, shards, val_shards, record, max(epochs_in(store), default=0), finished)
+    return TrainRun(config, store, shards, val_shards, record, max(checkpoints(store), default=(0, 0)), finished)
 
 
 def _shards(inputs: list[str], config: TrainConfig) -> list[Shard]:
@@ -218,7 +222,24 @@ def configure(config: TrainConfig) -> None:
     context.execution_options.verbose_progress = False
 
 
-def fit(run: TrainRun, task: Task) -> None:
+def work(told: dict[str, Any]) -> None:
+    """The function of each worker that Ray Train starts. told: its Task under `task`."""
+    for figures in Worker(told["task"], place()).run():
+        ray.train.report(figures)
+
+
+def place() -> Place:
+    """Of the worker that asks."""
+    context = ray.train.get_context()
+    return Place(context.get_world_rank(), context.get_world_size(), ray.train.torch.get_device(), _tables)
+
+
+def _tables(name: str, rows: int) -> Iterable[pa.Table]:
+    return ray.train.get_dataset_shard(name).iter_batches(batch_size=rows, batch_format="pyarrow")  # type: ignore[no-any-return]
+
+
+def fit(run: TrainRun, task: Task, work: Callable[[dict[str, Any]], None] = work) -> None:
+    """Raises what a worker raises, when it has failed config.workers.failures times more."""
     workers = run.config.workers
     data = {"train": examples(run.shards, run.train_part, run.config, task.observe)}
     if run.val_shards:

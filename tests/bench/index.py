@@ -21,7 +21,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -78,11 +78,17 @@ def small(rows: int) -> Size:
 
 @dataclass(frozen=True)
 class Cost:
+    """Seconds. cpu: of which `daemons` are those of Ray's own processes, whether or not there is anything to do."""
+
     wall: float
     cpu: float
+    daemons: float = 0.0
 
     def over(self, other: Cost) -> Cost:
-        return Cost(self.wall / other.wall, self.cpu / other.cpu)
+        return Cost(self.wall / other.wall, self.cpu / other.cpu, self.daemons / other.cpu)
+
+    def since(self, before: Cost) -> Cost:
+        return Cost(self.wall - before.wall, self.cpu - before.cpu, self.daemons - before.daemons)
 
 
 # ---- Data
@@ -120,16 +126,29 @@ def cpu_of(process: psutil.Process) -> float:
     return float(times.user + times.system + times.children_user + times.children_system)
 
 
-def cpu_of_tree() -> float:
-    """Of this process and all under it: Ray's own and its tasks' are."""
+def of_tree() -> Cost:
+    """Until now, of this process and all under it: Ray's own and its tasks' are."""
     this = psutil.Process()
-    return sum(map(cpu_of, [this, *this.children(recursive=True)]))
+    rays = [each for each in this.children(recursive=True) if not is_task(each)]
+    daemons = sum(map(cpu_of, rays))
+    tasks = sum(map(cpu_of, {this, *this.children(recursive=True)} - {*rays}))
+    return Cost(time.perf_counter(), tasks + daemons, daemons)
 
 
-def cost_of(run: Callable[[], Any], cpu: Callable[[], float]) -> tuple[Any, Cost]:
-    before, started = cpu(), time.perf_counter()
-    result = run()
-    return result, Cost(time.perf_counter() - started, cpu() - before)
+def of_this() -> Cost:
+    return Cost(time.perf_counter(), cpu_of(psutil.Process()))
+
+
+def is_task(process: psutil.Process) -> bool:
+    with suppress(psutil.Error):
+        return "".join(process.cmdline()[:1]).startswith("ray::")
+    return False
+
+
+def cost_of(run: Callable[[], Any], until_now: Callable[[], Cost]) -> Cost:
+    before = until_now()
+    run()
+    return until_now().since(before)
 
 
 @contextmanager
@@ -192,12 +211,12 @@ def alternate(root: Path, size: Size, threads: int, rounds: int) -> list[Cost]:
     ratios = []
     for at in range(rounds):
         runs = {
-            "ours": lambda: cost_of(lambda: ours(root, size), cpu_of_tree)[1],
-            "theirs": lambda: cost_of(lambda: theirs(root, size, threads), lambda: cpu_of(psutil.Process()))[1],
+            "ours": lambda: cost_of(lambda: ours(root, size), of_tree),
+            "theirs": lambda: cost_of(lambda: theirs(root, size, threads), of_this),
         }
         costs = {name: runs[name]() for name in sorted(runs, reverse=bool(at % 2))}
         ratios.append(costs["ours"].over(costs["theirs"]))
-        say(f"round {at + 1}: CPU {ratios[-1].cpu:.3f}, wall {ratios[-1].wall:.3f}")
+        say(f"round {at + 1}: CPU {ratios[-1].cpu:.3f} (Ray's {ratios[-1].daemons:.3f}), wall {ratios[-1].wall:.3f}")
     return ratios
 
 
@@ -284,6 +303,7 @@ def measure(size: Size, threads: int, rounds: int) -> dict[str, Any]:
                 ratios = alternate(root / order, size, threads, rounds if order == "shuffled" else 1)
                 figures[order] = {
                     "cpu": [round(each.cpu, 3) for each in ratios],
+                    "daemons": [round(each.daemons, 3) for each in ratios],
                     "wall": [round(each.wall, 3) for each in ratios],
                     "recall@10": {who: round(found, 4) for who, found in recalls(root / order, queries).items()},
                 }

@@ -13,10 +13,8 @@ import random
 import re
 import sys
 import tempfile
-import threading
-import time
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -28,7 +26,7 @@ from ray.cluster_utils import Cluster
 import pipelines.embed
 from pipelines.config import RunConfig, validate
 from pipelines.prepare import Cluster as Resources
-from pipelines.prepare import prepare
+from pipelines.prepare import Prepared, prepare
 from pipelines.storage import Store
 
 NODES, CPUS = 3, 2
@@ -45,65 +43,62 @@ def main(jobs: list[dict[str, Any]]) -> None:
             cluster.add_node(**NODE)
         ray.init(cluster.address, log_to_driver=False)
         try:
-            print(json.dumps(run_all(cluster, jobs)))
+            print(json.dumps([run(cluster, **job) for job in jobs]))
         finally:
             ray.shutdown()
             cluster.shutdown()
 
 
-def run_all(cluster: Any, jobs: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """One after the other; random moments are drawn from as long as the first took."""
-    ended, span_s = [], 0.0
-    for job in jobs:
-        began = time.monotonic()
-        ended.append(run(cluster, span_s=span_s, **job))
-        span_s = span_s or time.monotonic() - began
-    return ended
-
-
-def run(cluster: Any, recipe: dict[str, Any], kill: str | int | None, span_s: float) -> dict[str, Any]:
+def run(cluster: Any, recipe: dict[str, Any], kill: str | int | None) -> dict[str, Any]:
     prepared = prepare(validate(RunConfig, recipe), Resources(NODES * CPUS, 0, NODES, CPUS))
     kept: list[Any] = []
     build = pipelines.embed.pipeline
     pipelines.embed.pipeline = lambda *args: kept.append(build(*args)) or kept[-1]
-    ended = threading.Event()
     with ThreadPoolExecutor(1) as pool:
-        killer = pool.submit(kill_nodes, cluster, prepared.store, kill, span_s, ended)
-        try:
-            report = pipelines.embed.embed(prepared)
-        finally:
-            ended.set()
+        running = pool.submit(pipelines.embed.embed, prepared)
+        # Here, since Ray starts nodes from the main thread only.
+        done = kill_nodes(cluster, prepared, kill, running)
+        report = running.result()
     pipelines.embed.pipeline = build
     nodes = nodes_used(kept[0]._write_ds.stats())
-    return {"items": report["encoders"]["clip"]["items"], "done": killer.result(), "nodes": nodes}
+    return {"items": report["encoders"]["clip"]["items"], "done": done, "nodes": nodes}
 
 
-def kill_nodes(cluster: Any, store: Store, kill: str | int | None, span_s: float, ended: threading.Event) -> list[int]:
+def kill_nodes(cluster: Any, prepared: Prepared, kill: str | int | None, running: Future[Any]) -> list[int]:
     """How many shards were done each time that a node was dead."""
     if isinstance(kill, int):
-        return list(kill_at_random(cluster, store, random.Random(kill), span_s, ended))
-    return [kill_node(cluster, store, kill, ended)] if kill else []
+        return list(kill_at_random(cluster, prepared, random.Random(kill), running))
+    return [kill_node(cluster, prepared.store, kill, running)] if kill else []
 
 
-def kill_node(cluster: Any, store: Store, title: str, ended: threading.Event) -> int:
-    while not commits(store) and not ended.wait(0.02):
-        pass
+def kill_node(cluster: Any, store: Store, title: str, running: Future[Any]) -> int:
+    wait_for(1, store, running)
     raylet = raylet_of(title)
     (node,) = (node for node in cluster.worker_nodes if node.all_processes["raylet"][0].process.pid == raylet)
     cluster.remove_node(node, allow_graceful=False)
     return commits(store)
 
 
-def kill_at_random(
-    cluster: Any, store: Store, moments: random.Random, span_s: float, ended: threading.Event
-) -> Iterator[int]:
-    """Any node but the head, on which the driver is; another takes its place."""
-    for _ in range(KILLS):
-        if ended.wait(moments.uniform(0, span_s / 2)):
+def kill_at_random(cluster: Any, prepared: Prepared, moments: random.Random, running: Future[Any]) -> Iterator[int]:
+    """Any node but the head, on which the driver is; another takes its place. By what is done, not by the clock: most
+    of a run's time is its start."""
+    for shards in sorted(moments.sample(range(len(prepared.plan.shards)), KILLS)):
+        wait_for(shards, prepared.store, running)
+        if ends_within(moments.uniform(0, 2), running):
             return
         cluster.remove_node(moments.choice([*cluster.worker_nodes]), allow_graceful=False)
-        yield commits(store)
+        yield commits(prepared.store)
         cluster.add_node(**NODE)
+
+
+def wait_for(shards: int, store: Store, running: Future[Any]) -> None:
+    """Until so many are done, or the run is."""
+    while commits(store) < shards and not ends_within(0.02, running):
+        pass
+
+
+def ends_within(seconds: float, running: Future[Any]) -> bool:
+    return bool(wait([running], seconds).done)
 
 
 def commits(store: Store) -> int:

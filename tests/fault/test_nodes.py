@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 
+from pipelines.collect import collect, leftovers
 from pipelines.scenes import write_shards
 from pipelines.storage import Store
 from tests.flow.command import TIMEOUT_S
@@ -67,11 +68,14 @@ def test_a_node_died_in_the_middle(ended: Ended) -> None:
 def test_nodes_died_at_random_moments(ended: Ended) -> None:
     done = [shards for case in AT_RANDOM for shards in ended.runs[case]["done"]]
     print(done)
-    assert len(done) >= len(AT_RANDOM) and len(set(done)) > 1 and min(done) < SHARDS
+    assert all(ended.runs[case]["done"] for case in AT_RANDOM) and any(0 < shards < SHARDS for shards in done)
+    assert len(set(done)) > 2
 
 
 @pytest.mark.parametrize("case", KILLED)
 def test_the_rows_are_those_of_one_node(ended: Ended, case: str) -> None:
+    # A process that dies while it writes to a disk leaves a temporary file: an orphan, as after any kill.
+    assert {leftover.kind for leftover in collect(ended.store(case))} <= {"orphan"}
     assert_same(ended.store(case), ended.reference)
-    assert ended.store(case).names("staging") == []
+    assert leftovers(ended.store(case)) == []
     assert ended.runs[case]["items"]["image"]["items"] == SAMPLES

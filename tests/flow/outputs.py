@@ -27,8 +27,9 @@ def read_part(store: Store, path: str) -> Any:
 
 def assert_same(store: Store, reference: Store, tolerance: float = 2e-3) -> None:
     """Bit for bit in parts, rows and all columns; within `tolerance` in vectors."""
-    assert datasets(store) == datasets(reference)
-    for dataset, parts in datasets(store).items():
+    there, expected = datasets(store), datasets(reference)
+    assert there == expected, {name: [there.get(name), expected.get(name)] for name in there.keys() | expected.keys()}
+    for dataset, parts in there.items():
         for part in parts:
             ours, theirs = (read_part(one, f"{dataset}/{part}") for one in (store, reference))
             exact = [name for name in ours.column_names if name != "embedding"]

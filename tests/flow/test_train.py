@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 import yaml
 
+from pipelines.evaluate.report import report as write_report
 from pipelines.queries import Query, embed_queries, query_spec
 from pipelines.scenes import key_of, scene, write_shards
 from pipelines.search import Searcher
@@ -126,6 +127,8 @@ def test_the_model_is_an_encoder_at_once(straight: Path, shards: Path, ray_local
         }
     )
     assert report["encoders"]["mine"]["items"]["image"]["embedded"] > SCENES - 4
+    page = Path(write_report(store)["page"]).read_text()
+    assert f"{straight}; the model is of epoch" in page and page.count('aria-label="recall, ') == 2
     image = tmp_path / "query.png"
     scene(8, 5).image.save(image)
     spec = query_spec(store, "mine")

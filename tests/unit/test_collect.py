@@ -5,17 +5,19 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Callable, Iterable
 from pathlib import Path
+from typing import Any
 
+import fsspec
 import pytest
 
-from pipelines.collect import collect, leftovers, totals
+from pipelines.collect import Leftover, collect, leftovers, totals
 from pipelines.config import WriteConfig
 from pipelines.contracts import Shard
 from pipelines.errors import HeldError, LedgerError
 from pipelines.index.release import IndexShard
 from pipelines.lease import held
 from pipelines.ledger import RETIRED, list_commits, make_plan, retire, settle
-from pipelines.storage import Store
+from pipelines.storage import Store, Upload
 from pipelines.verify import problems
 from pipelines.write import EmbeddingSink
 from tests.encoded import ENCODER, FAMILIES, encoded_rows
@@ -228,3 +230,19 @@ def test_a_part_that_is_gone_is_named(output: Store) -> None:
     output.delete([f"samples/{name}"])
     (found,) = problems(output)
     assert found.startswith(f"samples/{name} is missing")
+
+
+def test_what_was_begun_in_pieces_and_never_ended_goes_and_only_this_outputs(s3_options: dict[str, Any]) -> None:
+    store, other = (Store(f"s3://bucket/{name}", {"s3": s3_options}) for name in ("out", "outer"))
+    store.put_atomic("samples/whole", b"whole")
+    s3 = fsspec.filesystem("s3", **s3_options)
+    for key in ("out/index/shard-0000.faiss", "outer/b"):
+        begun = s3.call_s3("create_multipart_upload", Bucket="bucket", Key=key)
+        s3.call_s3("upload_part", Bucket="bucket", Key=key, UploadId=begun["UploadId"], PartNumber=1, Body=b"piece")
+    assert leftovers(store) == [Leftover("upload", "index/shard-0000.faiss", 5)]
+    assert ["upload" in told for told in problems(store)] == [True]
+    assert len(collect(store)) == 1
+    assert leftovers(store) == [] and store.read("samples/whole") == b"whole"
+    assert [upload.path for upload in other.uploads()] == ["b"]
+    store.abort([Upload("b", 5, "gone")])
+    other.abort(other.uploads())

@@ -38,7 +38,7 @@ LAYERS = [
 # may reach up.
 ALLOWED_UP = {("record", "encoders"), ("training", "evaluate")}
 HEAVY = {
-    "ray": {"read", "write", "meter", "failures", "embed", "index", "training", "stats", "splits"},
+    "ray": {"read", "write", "meter", "failures", "embed", "index", "training", "stats", "splits", "evaluate"},
     "torch": {"encoders", "encode", "translate", "rate", "training"},
     "faiss": {"index", "search", "evaluate"},
     "autofaiss": {"index"},

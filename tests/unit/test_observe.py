@@ -7,7 +7,17 @@ import time
 import numpy as np
 import pytest
 
-from pipelines.observe import Clock, Meter, SharedClock, bottleneck, duration, nowhere, peak_memory_mib
+from pipelines.observe import (
+    MOST_POINTS,
+    Clock,
+    Meter,
+    Pace,
+    SharedClock,
+    bottleneck,
+    duration,
+    nowhere,
+    peak_memory_mib,
+)
 
 
 def test_a_meter_adds_up_and_keeps_the_peaks() -> None:
@@ -27,6 +37,21 @@ def test_a_reading_does_not_change_afterwards() -> None:
     reading = meter.snapshot()
     meter.add("decode", rows=1)
     assert reading == {"decode": {"rows": 1}}
+
+
+@pytest.mark.parametrize("readings", [1, 7, MOST_POINTS, MOST_POINTS + 1, 5_000])
+def test_a_pace_has_few_points_evenly_apart_and_the_last(readings: int) -> None:
+    pace = Pace()
+    for at in range(1, readings + 1):
+        pace.add(at / 4, {"read": {"rows": 8.0 * at, "seconds": 1.0}, "write": {"seconds": 1.0}})
+    points = pace.points
+    assert min(readings, MOST_POINTS // 2) <= len(points) <= MOST_POINTS
+    assert points[-1] == {"seconds": pytest.approx(readings / 4, abs=0.06), "rows": {"read": 8.0 * readings}}
+    for point in points:
+        assert point["rows"]["read"] == pytest.approx(32 * point["seconds"], abs=2)
+    # The last interval may be cut short.
+    apart = np.diff([point["seconds"] for point in points])[:-1]
+    assert not len(apart) or apart.max() <= 2 * apart.min() + 0.3
 
 
 def test_a_clock_leaves_out_what_is_outside_and_counts_what_fails() -> None:

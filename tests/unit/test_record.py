@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
+from threading import Barrier
 
 import pytest
 
@@ -22,6 +24,7 @@ from pipelines.record import (
 )
 from pipelines.storage import Store
 
+RUNS = 6
 SPEC = EncoderSpec(
     name="open_clip:ViT-B-32",
     family="open_clip",
@@ -64,6 +67,25 @@ def test_what_another_run_recorded_meanwhile_is_kept(store: Store) -> None:
         write_record(store, RunRecord(encoders={"clip": half}))
     with pytest.raises(PreflightError, match="Another run has just cut"):
         write_record(store, RunRecord(slices={"s3://b/x": 5}))
+
+
+def test_of_runs_that_record_at_the_same_moment_none_is_lost(store: Store) -> None:
+    record, together = encoder_record(SPEC, ("image",), 64), Barrier(RUNS)
+
+    def run(number: int) -> None:
+        together.wait()
+        write_record(store, RunRecord(encoders={f"clip{number}": record}))
+
+    with ThreadPoolExecutor(RUNS) as pool:
+        list(pool.map(run, range(RUNS)))
+    assert read_record(store).encoders.keys() == {f"clip{number}" for number in range(RUNS)}
+    assert store.names("leases") == []
+
+
+def test_of_two_that_read_rows_otherwise_the_second_is_refused(store: Store) -> None:
+    write_record(store, RunRecord(settings={"read": {"splits": ["train"]}}))
+    with pytest.raises(PreflightError, match=r"read\.splits"):
+        write_record(store, RunRecord(settings={"read": {"splits": ["test"]}}))
 
 
 def test_a_record_is_read_as_it_was_written(store: Store) -> None:

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -9,10 +10,22 @@ import pytest
 import torch
 from torch.nn.functional import normalize, softmax
 
+from jobs.classify import labels_in, templates_in
 from pipelines.encoders import registry
 from pipelines.encoders.logit_scale import logit_scale
-from pipelines.errors import ConfigError
-from pipelines.evaluate.classify import Labels, classify, prompts_of
+from pipelines.errors import ConfigError, InputError
+from pipelines.evaluate.classify import (
+    CELL_BYTES,
+    TOP,
+    Counts,
+    Labels,
+    classify,
+    conclude,
+    label_task,
+    make_plan,
+    prompts_of,
+)
+from pipelines.remove import Asked, remove
 from pipelines.storage import Store
 from tests.indexed import ENCODER, everything, write_output
 from tests.unit.evaluate.outputs import describe, label_of
@@ -27,6 +40,16 @@ def embed(texts: Any) -> np.ndarray:
     return np.stack([np.random.default_rng(list(text.encode())).normal(size=16) for text in texts]).astype(np.float32)
 
 
+def labelled(root: Path, labels: Labels, top: int = TOP) -> dict[str, Any]:
+    """The summary of what the tasks of Ray do, done here."""
+    store, counts = Store(str(root)), Counts()
+    plan = make_plan(store, ENCODER, labels, top)
+    task = label_task(store, plan, labels, embed, top)
+    for item in plan.items:
+        counts.add(json.loads(task(item)["counts"]))
+    return conclude(store, plan, labels, counts)
+
+
 @pytest.fixture
 def root(tmp_path: Path) -> Path:
     write_output(tmp_path, parts=2)
@@ -35,7 +58,7 @@ def root(tmp_path: Path) -> Path:
 
 
 def test_probabilities_are_clips_of_averaged_prompts(root: Path) -> None:
-    summary = classify(Store(str(root)), ENCODER, Labels(PROMPTS, SCALE), embed, top=3)
+    summary = labelled(root, Labels(PROMPTS, SCALE), top=3)
     rows = [
         row for path in sorted(Path(summary["folder"]).glob("*.parquet")) for row in pq.read_table(path).to_pylist()
     ]
@@ -58,20 +81,61 @@ def test_probabilities_are_clips_of_averaged_prompts(root: Path) -> None:
 
 
 def test_the_same_again_does_only_what_is_missing(root: Path) -> None:
-    first = classify(Store(str(root)), ENCODER, Labels(PROMPTS, SCALE), embed)
+    first = labelled(root, Labels(PROMPTS, SCALE))
     one, other = sorted(Path(first["folder"]).glob("*.parquet"))
     stood, bytes_before = one.stat().st_mtime_ns, other.read_bytes()
     other.unlink()
-    assert classify(Store(str(root)), ENCODER, Labels(PROMPTS, SCALE), embed) == first
+    (one.parent / "part-gone.v.0.parquet").write_bytes(b"")
+    plan = make_plan(Store(str(root)), ENCODER, Labels(PROMPTS, SCALE))
+    assert (plan.missing, plan.stale, plan.is_done) == ([other.name], ["part-gone.v.0.parquet"], False)
+    assert labelled(root, Labels(PROMPTS, SCALE)) == first
     assert one.stat().st_mtime_ns == stood and other.read_bytes() == bytes_before
-    assert classify(Store(str(root)), ENCODER, Labels(PROMPTS, 5.0), embed)["folder"] != first["folder"]
+    plan = make_plan(Store(str(root)), ENCODER, Labels(PROMPTS, SCALE))
+    assert plan.is_done and sorted(one.parent.glob("*.parquet")) == [one, other]
+    # Without Ray, since there is nothing to do.
+    assert classify(Store(str(root)), plan, Labels(PROMPTS, SCALE), embed) == first
+    assert labelled(root, Labels(PROMPTS, 5.0))["folder"] != first["folder"]
+
+
+def test_what_was_taken_down_has_no_label(root: Path) -> None:
+    items, _ = everything(root, "image")
+    gone = [items[3].key, items[-1].key]
+    remove(Store(str(root)), Asked(gone), "", "")
+    summary = labelled(root, Labels(PROMPTS, SCALE))
+    keys = [key for path in Path(summary["folder"]).glob("*.parquet") for key in pq.read_table(path)["key"].to_pylist()]
+    assert summary["images"] == len(keys) == len(items) - 2 and not {*gone} & {*keys}
+
+
+def test_many_labels_are_compared_a_few_images_at_a_time(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    whole = labelled(root, Labels(PROMPTS, SCALE))
+    before = [pq.read_table(path) for path in sorted(Path(whole["folder"]).glob("*.parquet"))]
+    for path in Path(whole["folder"]).glob("*.parquet"):
+        path.unlink()
+    monkeypatch.setattr("pipelines.evaluate.classify.TASK_BYTES", 4 * CELL_BYTES * len(NAMES) * 3)
+    assert labelled(root, Labels(PROMPTS, SCALE)) == whole
+    paths = sorted(Path(whole["folder"]).glob("*.parquet"))
+    assert [pq.read_table(path) for path in paths] == before
+    assert pq.ParquetFile(paths[0]).metadata.row_group(0).num_rows == 3
 
 
 def test_what_cannot_be_labelled_is_said(root: Path) -> None:
     with pytest.raises(ConfigError, match=r"not one \{\}"):
-        prompts_of(["cat"], ["a photo"])
+        prompts_of(["cat"], ["a {} and a {}"])
     with pytest.raises(ConfigError, match="1 labels to choose from"):
-        classify(Store(str(root)), ENCODER, Labels({"cat": ["cat"]}, 1.0), embed)
+        make_plan(Store(str(root)), ENCODER, Labels({"cat": ["cat"]}, 1.0))
+
+
+def test_labels_and_templates_may_be_files_and_objects(tmp_path: Path, s3_options: dict[str, Any]) -> None:
+    inputs = Store(options={"s3": s3_options})
+    (tmp_path / "templates.txt").write_text("a photo of a {}\n\na drawing of a {}\n")
+    inputs.put_atomic("s3://bucket/labels.json", json.dumps({"cat": ["a cat", "cats"]}).encode())
+    inputs.put_atomic("s3://bucket/labels.txt", b"cat\n dog \n\ncat\n")
+    assert labels_in(inputs, "s3://bucket/labels.json") == {"cat": ["a cat", "cats"]}
+    assert labels_in(inputs, "s3://bucket/labels.txt") == ["cat", "dog"]
+    found = templates_in(inputs, ["a {}", str(tmp_path / "templates.txt")])
+    assert found == ["a {}", "a photo of a {}", "a drawing of a {}"]
+    with pytest.raises(InputError, match="a photo cannot be read"):
+        templates_in(inputs, ["a photo"])
 
 
 def test_the_scale_is_the_checkpoints(checkpoint: Path) -> None:

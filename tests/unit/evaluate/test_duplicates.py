@@ -12,8 +12,13 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from jobs.remove import asked_for
 from pipelines.errors import IndexBuildError
-from pipelines.evaluate.duplicates import Groups, Sought, find_duplicates, largest_groups
+from pipelines.evaluate.duplicates import Groups as Joined
+from pipelines.evaluate.duplicates import Sought, find_duplicates, largest_groups
+from pipelines.evaluate.groups import Groups
+from pipelines.evaluate.items import StoredItems, stored
+from pipelines.remove import remove
 from pipelines.storage import Store
 from tests.indexed import ENCODER, everything, key_of, write_output
 from tests.unit.test_search import write_release
@@ -104,6 +109,37 @@ def test_a_key_of_a_sample_that_stays_is_not_removed(tmp_path: Path) -> None:
     assert summary["keys_of_kept_samples_too"] == 1 and loner in keep and set(again) == set(remove) - {loner}
 
 
+@pytest.mark.parametrize("how", [{"exact": True}, {}], ids=["exact", "index"])
+def test_what_was_taken_down_is_in_no_group_and_no_list(how: dict[str, Any], tmp_path: Path) -> None:
+    store = write_release(tmp_path, parts=2)
+    summary, rows, keep, removed = found_in(tmp_path, **how)
+    assert rows and removed
+    taken = remove(store, asked_for(Store(), f"{summary['folder']}/remove.txt", None, None, ""), "", "")
+    assert taken.samples == len(removed) and taken.missing == []
+    after, groups, kept, left = found_in(tmp_path, **how)
+    assert (after["items"], after["groups"], groups, left) == (len(keep), 0, [], [])
+    assert kept == keep
+    items, _ = everything(tmp_path, "image")
+    held = collect_ids(stored(store, ENCODER, "image", Groups(store)))
+    assert [items[id].key for id in held] == keep
+
+
+def collect_ids(items: StoredItems) -> list[int]:
+    return [id for tile in items.tiles(50) for id in tile.ids.tolist()]
+
+
+def test_a_key_that_no_line_can_hold_is_left_out_and_counted(tmp_path: Path) -> None:
+    write_output(tmp_path, parts=1)
+    _, _, _, removed = found_in(tmp_path, exact=True)
+    cut, whole = removed[0], removed[1:]
+    for path in (tmp_path / "embeddings" / ENCODER / "image").glob("*.parquet"):
+        table = pq.read_table(path)
+        keys = [f"{whole[0]}\n{cut}" if key == cut else key for key in table["key"].to_pylist()]
+        pq.write_table(table.set_column(table.schema.get_field_index("key"), "key", pa.array(keys)), path)
+    summary, _, _, again = found_in(tmp_path, exact=True)
+    assert summary["keys_that_are_no_line"] == 1 and again == whole
+
+
 def test_the_largest_groups_are_shown(root: Path) -> None:
     summary, rows, _, _ = found_in(root)
     shown = largest_groups(Store(str(root)), summary, 2)
@@ -129,7 +165,7 @@ def test_without_an_index_it_says_what_to_do(tmp_path: Path) -> None:
 @given(st.lists(st.tuples(st.integers(0, 19), st.integers(0, 19)), min_size=1), st.integers(1, 5), st.randoms())
 def test_the_order_of_pairs_does_not_matter(pairs: list[tuple[int, int]], step: int, random: Any) -> None:
     def joined(order: list[tuple[int, int]]) -> list[int]:
-        groups = Groups(20)
+        groups = Joined(20)
         for at in range(0, len(order), step):
             ones, others = np.array(order[at : at + step]).T
             groups.join(ones, others, np.ones(len(ones), np.float32))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+from collections import Counter
 from hashlib import sha256
 from pathlib import Path
 from typing import Any
@@ -15,8 +16,9 @@ import pytest
 from PIL import Image
 
 from pipelines.contracts import REJECTS_PART
+from pipelines.evaluate.charts import COLOURS
 from pipelines.evaluate.compare import Wanted, compare, contenders
-from pipelines.evaluate.map import draw_map, positions
+from pipelines.evaluate.map import coloured, draw_map, positions
 from pipelines.evaluate.report import report
 from pipelines.evaluate.retrieval import Asked, evaluate
 from pipelines.evaluate.statistics import statistics
@@ -102,8 +104,10 @@ def write_run_report(out: Path) -> None:
         name: {"rows": 400.0, "seconds": 2.0, "rows_per_second": rate, "peak_mib": 100.0}
         for name, rate in (("read", 900.0), ("decode", 200.0), ("encode", 300.0), ("write", 500.0))
     }
+    pace = [{"seconds": float(at), "rows": {"read": 50.0 * at, "write": 40.0 * at}} for at in range(1, 10)]
     for run in ("20260101T000000Z-00000000", "20260102T000000Z-00000000"):
         told = {"run": run, "seconds": 9.0, "shards": {"done_now": 2}, "stages": stages, "bottleneck": "decode"}
+        told["pace"] = pace
         (out / "reports").mkdir(exist_ok=True)
         (out / "reports" / f"{run}.json").write_text(json.dumps(told))
 
@@ -124,8 +128,11 @@ def write_training(root: Path) -> None:
     """What a training job leaves beside its model, for one encoder."""
     made = root / "trained"
     made.mkdir()
-    Image.new("RGB", (400, 200), "white").save(made / "curves.png")
-    (made / "metrics.json").write_text(json.dumps({"best": {"recall@1": 0.4321}, "epochs": [1, 2], "ok": True}))
+    epochs = [
+        {"epoch": at, "lr": 0.01, "loss": 1 / at, "text_to_image": {f"recall@{k}": at * k / 1e3 for k in (1, 5, 10)}}
+        for at in range(1, 5)
+    ]
+    (made / "metrics.json").write_text(json.dumps({"finished": True, "best_epoch": 3, "epochs": epochs}))
     run = root / "out" / "run.json"
     record = json.loads(run.read_text())
     record["encoders"][ENCODER]["spec"]["reference"] = f"local-dir:{made / 'model'}"
@@ -149,8 +156,11 @@ def test_the_report_tells_what_the_output_has(root: Path, pages: dict[str, Path]
         "bad 0",
         "not_utf8",
         "bottleneck: decode",
+        'aria-label="rows a second over time"',
         "label 3",
-        "0.4321",
+        "the model is of epoch 3 of 4",
+        'aria-label="recall, caption to image"',
+        "<td>text to image recall@10</td><td>0.03</td>",
         "recall@10",
         "captions: text → image",
         "Sample searches: text → image",
@@ -158,8 +168,10 @@ def test_the_report_tells_what_the_output_has(root: Path, pages: dict[str, Path]
         assert told in html, told
     document = json.loads(pages["report"].with_name("report.json").read_text())
     assert document["samples"] == document["images"] == PARTS * ROWS
+    assert [told["loss"] for told in document["training"][ENCODER]["epochs"]] == [1 / at for at in range(1, 5)]
     assert document["rejects"][ENCODER] == {"truncated_image": 3 * PARTS, "not_utf8": PARTS}
     assert document["evaluations"][ENCODER]["results"] and document["indexes"][f"{ENCODER}/image"]["release"] == "v0001"
+    assert document["runs"][0]["pace"][-1] == {"seconds": 9.0, "rows": {"read": 450.0, "write": 360.0}}
     assert [run["run"] for run in document["runs"]] == ["20260102T000000Z-00000000", "20260101T000000Z-00000000"]
 
 
@@ -186,6 +198,18 @@ def test_the_map_shows_what_one_points_at(pages: dict[str, Path], tmp_path: Path
     assert (seen.images, seen.missing, seen.console, seen.requests) == (1, 0, [], [])
     document = json.loads(pages["map"].with_name("map.json").read_text())
     assert len(document["points"]) == 60 and document["by"] == "label"
+
+
+@pytest.mark.parametrize("count", [1, len(COLOURS), len(COLOURS) + 1, 20])
+def test_no_two_groups_of_a_map_share_a_colour_but_the_others(count: int) -> None:
+    groups = Counter({f"group {at}": 100 - at for at in range(count)})
+    legend, colours = coloured(groups)
+    assert sum(number for _, _, number in legend) == groups.total() and len(legend) == min(count, len(COLOURS))
+    assert len({colour for _, colour, _ in legend}) == len(legend)
+    named = {name: colour for name, colour, _ in legend if name in groups}
+    assert colours.items() >= named.items() and len(colours) == count
+    assert {colours[name] for name in colours.keys() - named.keys()} <= {legend[-1][1]} - {*named.values()}
+    assert count <= len(COLOURS) or legend[-1][0] == f"{count - len(COLOURS) + 1} others"
 
 
 def test_a_map_keeps_groups_apart_and_is_seeded() -> None:

@@ -12,7 +12,7 @@ import pytest
 from pipelines.errors import ConfigError
 from pipelines.evaluate.metrics import of_whole, ranked
 from pipelines.evaluate.ranking import Room
-from pipelines.evaluate.retrieval import Asked, evaluate, kept_at
+from pipelines.evaluate.retrieval import Asked, evaluate, kept_at, wrong_first
 from pipelines.record import read_record, write_record
 from pipelines.storage import Store
 from tests.indexed import ENCODER, Item, everything
@@ -111,6 +111,14 @@ def test_an_index_that_finds_everything_loses_nothing(root: Path) -> None:
         figures = {name: value for name, value in found["figures"].items() if name in through["found"]}
         # The label's gallery leaves out what has no label, which an index does not.
         assert found["protocol"] == "label" or through["found"] == pytest.approx(figures)
+
+
+def test_of_equal_scores_what_is_wrong_comes_first() -> None:
+    scores = np.array([[0.9, 0.5, 0.5, 0.5, 0.1], [0.7, 0.7, 0.7 - 1e-7, 0.2, 0.2]], np.float32)
+    hits = np.array([[True, True, False, True, False], [True, False, False, True, False]])
+    assert wrong_first(hits, scores).tolist() == [[1, 0, 1, 1, 0], [0, 0, 1, 0, 1]]
+    # The smallest first, as of distances.
+    assert wrong_first(hits, -scores).tolist() == wrong_first(hits, scores).tolist()
 
 
 def test_what_an_index_does_not_find_is_its_loss(root: Path, tmp_path: Path) -> None:

@@ -2,6 +2,7 @@ import socket
 import threading
 
 import pytest
+import ray
 
 from jobs import cluster
 from jobs.cluster import connected, require_listener
@@ -32,3 +33,18 @@ def test_a_listener_is_waited_for(form: str, monkeypatch: pytest.MonkeyPatch) ->
 @pytest.mark.parametrize("address", [None, "auto", "local"])
 def test_addresses_without_a_port_are_rays_to_find(address: str | None) -> None:
     require_listener(address)
+
+
+@pytest.mark.parametrize(("told", "starts"), [("The current node timed out during startup.", 3), ("no such flag", 1)])
+def test_a_ray_that_is_slow_to_start_is_started_again(told: str, starts: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    begun = []
+
+    def init(*_: object, **__: object) -> None:
+        begun.append(told)
+        raise Exception(told)
+
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    monkeypatch.setattr(ray, "init", init)
+    with pytest.raises(PreflightError, match=f"Cannot connect to Ray at this machine: {told}"), connected(None):
+        pass
+    assert len(begun) == starts

@@ -3,11 +3,13 @@
 import getpass
 import os
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from jobs.remove import asked_for, requester
-from pipelines.errors import ConfigError
+from pipelines.errors import ConfigError, InputError
+from pipelines.storage import Store
 
 
 def test_a_user_without_a_name_is_a_number(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -20,14 +22,27 @@ def test_a_user_without_a_name_is_a_number(monkeypatch: pytest.MonkeyPatch) -> N
 
 def test_a_byte_order_mark_is_no_part_of_a_key(tmp_path: Path) -> None:
     (tmp_path / "keys").write_bytes("\ufeffa\r\nb\n".encode())
-    assert asked_for(tmp_path / "keys", None, None, "").keys == ["a", "b"]
+    assert asked_for(Store(), str(tmp_path / "keys"), None, None, "").keys == ["a", "b"]
+
+
+def test_keys_are_taken_as_they_are(tmp_path: Path) -> None:
+    (tmp_path / "keys").write_bytes(b" a \rb/c\n\nd\te\n")
+    assert asked_for(Store(), str(tmp_path / "keys"), None, None, "").keys == [" a \rb/c", "d\te"]
+
+
+def test_keys_may_lie_in_a_bucket(s3_options: dict[str, Any]) -> None:
+    inputs = Store(options={"s3": s3_options})
+    inputs.put_atomic("s3://bucket/keys.txt", b"a\nb\n")
+    assert asked_for(inputs, "s3://bucket/keys.txt", None, None, "").keys == ["a", "b"]
+    with pytest.raises(InputError, match=r"s3://bucket/none\.txt cannot be read"):
+        asked_for(inputs, "s3://bucket/none.txt", None, None, "")
 
 
 @pytest.mark.parametrize("reason", ["asked by John Smith", "John Smith.", "(x/y.jpg)", "of x/y.jpg, twice"])
 def test_a_reason_may_not_name_a_key(reason: str) -> None:
     with pytest.raises(ConfigError, match="names a key"):
-        asked_for(None, ["John Smith", "x/y.jpg"], None, reason)
+        asked_for(Store(), None, ["John Smith", "x/y.jpg"], None, reason)
 
 
 def test_a_key_within_a_longer_word_or_number_is_not_named() -> None:
-    assert asked_for(None, ["3", "cat"], None, "catalogue of 2013").keys == ["3", "cat"]
+    assert asked_for(Store(), None, ["3", "cat"], None, "catalogue of 2013").keys == ["3", "cat"]

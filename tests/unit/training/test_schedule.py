@@ -12,7 +12,7 @@ from pipelines.training.settings import OptimConfig
 
 def rates(steps: int = 10, **settings: object) -> list[float]:
     optim = OptimConfig.model_validate({"lr": 1.0, **settings})
-    return [learning_rate(step, steps, optim) for step in range(steps * optim.epochs)]
+    return [learning_rate(epoch, step, steps, optim) for epoch in range(optim.epochs) for step in range(steps)]
 
 
 def test_constant_is_constant_and_warm_up_rises_to_it() -> None:
@@ -34,6 +34,12 @@ def test_steps_multiply() -> None:
 def test_what_follows_the_frozen_stage_has_a_rate_of_its_own() -> None:
     found = rates(epochs=5, frozen_epochs=2, finetune_lr=0.1, schedule="cosine")
     assert found[0] == 1 and found[19] < 0.01 and found[20] == pytest.approx(0.1) and found[-1] < 0.001
+
+
+def test_epochs_of_fewer_steps_than_expected_do_not_move_the_stages() -> None:
+    optim = OptimConfig(lr=1.0, epochs=4, frozen_epochs=2, finetune_lr=0.1)
+    assert [learning_rate(epoch, step, 10, optim) for epoch in range(4) for step in range(7)] == [1.0] * 14 + [0.1] * 14
+    assert learning_rate(1, 12, 10, optim) == 1.0
 
 
 def test_averages_follow_quickly_at_first_and_slowly_later() -> None:
