@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from functools import partial
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -160,10 +160,10 @@ def printed(store: Store, build: Callable[[], Release]) -> Release:
     return release
 
 
-def recalls_at_10(row: Variant) -> Iterator[tuple[str, float]]:
-    for kind, alone in row.recall.items():
-        yield kind, alone["recall@10"]
-        yield f"{kind} re-ranked", row.reranked[kind]["recall@10"]
+def recalls_of(row: Variant) -> str:
+    best = {kind: found["recall@10"] for kind, found in row.reranked.items()}
+    shown = (f"{kind} {found['recall@10']:.3f}, re-ranked {best[kind]:.3f}" for kind, found in row.recall.items())
+    return f"recall@10 {'; '.join(shown)}"
 
 
 def tell(line: str) -> None:
@@ -213,9 +213,9 @@ def print_release(store: Store, release: Release) -> None:
                 f"  recall  {kind} queries ({count:,}), {how}: {shown}  {ms:.2f} ms  {each:,.0f} bytes a vector",
                 markup=False,
             )
-    for row in release.variants.rows if release.variants else ():
-        found = "  ".join(f"{kind} {value:.3f}" for kind, value in recalls_at_10(row))
-        out.print(f"  variant {row.key}: recall@10 {found}  {row.bytes_per_vector:,.0f} bytes a vector", markup=False)
+    compared = release.variants if release.variants and release.variants.version == release.version else None
+    for row in compared.rows if compared else ():
+        out.print(f"  variant {row.key}: {recalls_of(row)}  {row.bytes_per_vector:,.0f} bytes a vector", markup=False)
     for way, took in release.latency.items():
         shown = f"p50 {took.p50_ms:.2f} ms, p95 {took.p95_ms:.2f} ms a query; {took.batch_ms:.2f} ms of 32 at once"
         out.print(f"  search  {way}: {shown}", markup=False)

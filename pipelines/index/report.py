@@ -95,8 +95,8 @@ def _figures(point: CurvePoint, kinds: Sequence[str]) -> Iterator[str]:
 def _latency(release: Release) -> Iterator[str]:
     yield "## Searching it\n"
     yield "Through the search client with the release open, 10 of each query: ids as the index alone finds them, "
-    yield "re-ranked, and as hits with keys, captions and places.\n"
-    yield from table(["", "queries", "p50 ms", "p95 ms", "ms of 32 at once"])
+    yield "re-ranked with stored vectors where there are any, and as hits with keys, captions and places.\n"
+    yield from table(["", "queries", "p50 ms", "p95 ms", "ms each of 32 at once"])
     for way, each in release.latency.items():
         yield _row([way, f"{each.queries:,}", *(f"{ms:.2f}" for ms in (each.p50_ms, each.p95_ms, each.batch_ms))])
 
@@ -105,8 +105,8 @@ def _variants(release: Release, compared: Variants) -> Iterator[str]:
     kinds = list(compared.queries)
     asked = " and ".join(f"{count:,} {kind}" for kind, count in compared.queries.items())
     yield "## Other keys\n"
-    yield f"Each trained on, and filled with, the same {compared.vectors:,} vectors (index.variant_vectors) as "
-    yield f"{compared.version} was built; {asked} queries, against exact search of these vectors. Of fewer vectors "
+    yield f"Each trained on, and filled with, the same {compared.vectors:,} vectors, sampled as {compared.version} was "
+    yield f"built; {asked} queries, against exact search of these vectors. Of fewer vectors "
     yield "more is found: compare the keys with each other, not with the tables above. Re-ranked: the best of "
     yield f"{compared.factor} candidates a hit by whole vectors, whose bytes are not counted.\n"
     if any(row.metric != compared.metric for row in compared.rows):
