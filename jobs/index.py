@@ -55,7 +55,7 @@ Floor = Annotated[
 Seed = Annotated[int | None, typer.Option(help="Of the training sample and the queries.")]
 Compare = Annotated[
     bool,
-    typer.Option("--variants", help="Compare keys of Flat, PCA, SQ, PQ, OPQ and IVF on a sample, in report.md."),
+    typer.Option("--variants", help="Compare keys of Flat, PCA, SQ, PQ and IVF on a sample, in report.md."),
 ]
 Update = Annotated[
     bool,

@@ -178,7 +178,7 @@ class IndexConfig(Section):
         0.9, ge=0, le=1, description="recall@10, re-ranked, below which a release is built and not published"
     )
     variants: list[str] | Literal["auto", "none"] = Field(
-        "none", description="keys to compare on a sample, in the report; auto: Flat, PCA, SQ, PQ, OPQ and IVF ones"
+        "none", description="keys to compare on a sample, in the report; auto: Flat, PCA, SQ, PQ and IVF ones"
     )
     variant_vectors: PositiveInt = Field(10_000, description="vectors sampled for index.variants")
     drift_warning: float = Field(

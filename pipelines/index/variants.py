@@ -33,6 +33,8 @@ POINTS_PER_CLUSTER = 39
 """FAISS itself warns below it."""
 PROBED = 16
 """One of so many inverted lists is probed where nothing else says how many."""
+MOST_CODES = 16
+"""Bytes of a product quantiser's code: each takes some 2.5 s of a CPU to train, with OPQ ten times that."""
 LENGTH_1 = 0.01
 """How far from 1 the lengths of vectors that were normalised and rounded may be."""
 _LISTS = r"IVF\d+(_HNSW\d+)?,"
@@ -105,10 +107,10 @@ def keys_of(own: str, held: Held, settings: IndexConfig, normal: bool, say: Say)
 def usual_keys(dim: int, count: int) -> list[str]:
     """Whole vectors, fewer dimensions, fewer bits, and inverted lists, as far as `count` vectors can train them."""
     half, quarter = max(1, dim // 2), max(1, dim // 4)
-    codes = next(m for m in range(max(1, dim // 8), 0, -1) if dim % m == 0)
+    codes = next(m for m in range(min(MOST_CODES, max(1, dim // 8)), 0, -1) if dim % m == 0)
     lists = max(1, min(int(count**0.5), count // POINTS_PER_CLUSTER))
     keys = ["Flat", f"PCA{half},Flat", f"PCA{quarter},Flat", "SQ8", f"PCA{half},SQ8"]
-    keys += [f"PQ{codes}", f"OPQ{codes},PQ{codes}", f"IVF{lists},Flat"]
+    keys += [f"PQ{codes}", f"IVF{lists},Flat"]
     return [key for key in keys if _enough(key, count)]
 
 
