@@ -162,7 +162,7 @@ def test_a_map_shows_every_item_drawn(output: str) -> None:
     require_named_files(printed, output)
 
 
-def test_classify_says_what_it_would_do(output: str, tmp_path: Path) -> None:
+def test_classify_knows_shapes(output: str, ray_local: str, tmp_path: Path) -> None:
     (tmp_path / "labels.txt").write_text("\n".join(SHAPES))
     (tmp_path / "templates.txt").write_text("a {}\na picture of a {}\n")
     how = ("--template", "there is a {}", "--template", str(tmp_path / "templates.txt"))
@@ -170,6 +170,19 @@ def test_classify_says_what_it_would_do(output: str, tmp_path: Path) -> None:
     printed = vecmill(*asked, "--dry-run")
     assert f"{len(SHARDS)} of {len(SHARDS)} parts to do" in printed and "12 labels by 36 prompts" in printed
     assert not Path(output, "classifications").exists()
+    first = told(*asked, "--address", ray_local)
+    assert first["images"] == first["known"] == SCENES + len(COPIES)
+    assert first["accuracy"] > 3 / len(SHAPES)
+    parts = sorted(Path(first["folder"]).glob("*.parquet"))
+    assert [part.name for part in parts] == sorted(path.name for path in Path(output, "samples").glob("*.parquet"))
+    rows = [row for part in parts for row in pq.read_table(part).to_pylist()]
+    assert all(row["top"][0]["label"] == row["label"] for row in rows)
+    lost, kept = parts[0], parts[1].stat().st_mtime_ns
+    lost.unlink()
+    assert f"1 of {len(SHARDS)} parts to do" in vecmill(*asked, "--address", ray_local)
+    assert lost.exists() and parts[1].stat().st_mtime_ns == kept
+    # Nothing is left to do, and no Ray is asked for it.
+    assert told(*asked, "--address", "127.0.0.1:1") == first
 
 
 def test_the_report_names_what_there_is(output: str) -> None:
