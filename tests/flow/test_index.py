@@ -327,7 +327,7 @@ def test_below_the_floor_a_release_is_built_and_waits_to_be_accepted(ray_local: 
 @pytest.mark.parametrize(("rows", "key"), [(1, None), (2, None), (40, "IVF4,Flat")])
 def test_the_smallest_outputs_have_an_index(ray_local: None, tmp_path: Path, rows: int, key: str | None) -> None:
     store = write_output(tmp_path, parts=1, rows=rows)
-    settings = IndexConfig(index_key=key, rerank="int8", **{**QUICK, "floor": 0.9})
+    settings = IndexConfig(index_key=key, rerank="int8", target_recall=0.9, **{**QUICK, "floor": 0.9})
     release = build_index(store, ENCODER, "image", settings)
     assert release.round_trips == release.parts.rows
     _, vectors = everything(tmp_path, "image")
