@@ -114,7 +114,9 @@ def test_damage_to_an_index_is_seen(output: Store) -> None:
     path = f"index/{ENCODER.name}/image/v0001/shard-0000.faiss"
     output.put_atomic(path, b"[]")
     assert list(problems(output)) == []
-    assert list(problems(output, deep=True)) == [f"{path} is damaged: its checksum is not that of its manifest"]
+    assert list(problems(output, deep=True)) == [
+        f"{path} is damaged: its checksum is not that of its manifest; index again with --force"
+    ]
     output.delete([path])
     assert [path in told for told in problems(output)] == [True]
 
