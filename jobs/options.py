@@ -109,7 +109,10 @@ def output_store_root(output: str) -> str:
 def text_in(inputs: Store, file: str) -> str:
     """A file or object in UTF-8, a byte order mark left out. inputs: a store of whole addresses. Raises: InputError."""
     try:
-        return inputs.read(whole_uri(file)).decode("utf-8-sig")
+        local = inputs.local_path(whole_uri(file))
+        # A pipe cannot be sought in, which fsspec does.
+        is_pipe = local is not None and local.exists() and not local.is_file()
+        return (local.read_bytes() if local and is_pipe else inputs.read(whole_uri(file))).decode("utf-8-sig")
     except (OSError, ValueError, ImportError) as error:
         raise InputError(f"{file} cannot be read: {error}", "Check the path.") from None
 

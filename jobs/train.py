@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import time
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -103,11 +102,15 @@ def _evaluated_on(config: TrainConfig) -> str:
 
 
 def run_training(run: TrainRun) -> None:
+    from pipelines.training.checkpoint import read_history
+    from pipelines.training.train import CURVES, draw
     from pipelines.training.train import train as train_what_is_left
 
     if run.finished:
         out.print("The run is finished; nothing is left to do.")
-        return show_result(run.store, json.loads(run.store.read("metrics.json")), run.store.uri("model"))
+        # It may have died between its last figures and the picture.
+        history = read_history(run.store) if run.store.exists(CURVES) else draw(run.store)
+        return show_result(run.store, history, run.store.uri("model"))
     if any(run.done):
         err.print(f"{done(run)} were done before; going on from their checkpoint.")
     with TrainProgress(run) as progress:

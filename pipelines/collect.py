@@ -30,6 +30,8 @@ from pipelines.takedowns import FOLDER
 
 DATA = ("samples", "embeddings", "translations", "rejects")
 UPLOAD = "upload"
+UPLOADING = (*DATA, STAGING, "index")
+"""Whose writers hold a lease."""
 _PART = re.compile(r"part-(?P<stem>[^.]+\.[^.]+\.\d+)\.parquet")
 
 
@@ -54,7 +56,7 @@ def leftovers(store: Store) -> list[Leftover]:
     ]
     found += [*staging, *_of_indexes(store)]
     found += [Leftover("retired", path, size) for path, size in store.sizes(RETIRED)]
-    found += [Leftover(UPLOAD, upload.path, upload.bytes) for upload in store.uploads()]
+    found += [Leftover(UPLOAD, upload.path, upload.bytes) for upload in store.uploads(UPLOADING)]
     return found
 
 
@@ -74,7 +76,7 @@ def clear(store: Store) -> None:
     """Deletes what nothing names, of runs that are dead: for whoever holds the lease that excludes all others."""
     known = _commits(store)
     store.delete(leftover.path for leftover in leftovers(store) if leftover.kind != UPLOAD)
-    store.abort(store.uploads())
+    store.abort(store.uploads(UPLOADING))
     _withdraw(store, _commits(store) - known)
 
 

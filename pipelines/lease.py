@@ -154,11 +154,19 @@ class _Lease:
         """The next epoch, once the one before is known to be over."""
         while True:
             epochs = self._epochs()
-            self._require_over(epochs)
+            over = self._require_over(epochs)
             self._epoch = max(epochs, default=0) + 1
             if self._store.put_if_absent(self._path(self._epoch), self._bytes()) or self._is_ours():
-                self._store.delete(self._path(epoch) for epoch in epochs)
-                return
+                if self._is_alone(over):
+                    self._store.delete(self._path(epoch) for epoch in epochs)
+                    return
+                self._store.delete([self._path(self._epoch)])
+                time.sleep(random.uniform(*BETWEEN_LOOKS_S))
+
+    def _is_alone(self, over: Holder | None) -> bool:
+        """Another may have taken an epoch that this one saw go: of two at once, at least one sees the other."""
+        rival = self._standing([epoch for epoch in self._epochs() if epoch != self._epoch])
+        return rival is None or (over is not None and rival.token == over.token)
 
     def require_free(self) -> None:
         """Removes the lease of a dead process, which ends that one should it only have slept.
@@ -169,13 +177,15 @@ class _Lease:
         self._require_over(epochs)
         self._store.delete(self._path(epoch) for epoch in epochs)
 
-    def _require_over(self, epochs: list[int]) -> None:
+    def _require_over(self, epochs: list[int]) -> Holder | None:
+        """Returns whose lease is over, where there was one. Raises: HeldError where it is not."""
         standing = self._standing(epochs)
         if standing and self._lives(standing):
             raise HeldError(
                 f"{self._store.root} is held by another run: {standing}",
                 f"Wait for it or stop it. Should it be dead, its lease ends {self._limit_s:.0f} s after its last sign.",
             )
+        return standing
 
     def _lives(self, standing: Holder) -> bool:
         """Here its process is looked up; elsewhere it is given the time to renew its lease."""

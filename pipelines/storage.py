@@ -309,8 +309,8 @@ class Store:
             with suppress(FileNotFoundError):
                 retrying(partial(fs.rm_file, bare), f"Cannot delete {self.uri(path)}")
 
-    def uploads(self) -> list[Upload]:
-        """Objects that were begun to be sent in pieces and have not come to their end, sorted by path.
+    def uploads(self, folders: Iterable[str]) -> list[Upload]:
+        """Objects in folders that were begun to be sent in pieces and have not come to their end, sorted by path.
 
         No listing tells of them, and their bytes are paid for. Empty where storage knows no such thing, or does not
         let one ask.
@@ -320,8 +320,12 @@ class Store:
             return []
         bucket, _, prefix = bare.partition("/")
         prefix = f"{prefix.rstrip('/')}/".lstrip("/")
+
+        def list_all() -> list[tuple[str, int, str]]:
+            return [found for folder in folders for found in _uploads(fs, bucket, f"{prefix}{folder}/")]
+
         try:
-            begun = retrying(lambda: list(_uploads(fs, bucket, prefix)), f"Cannot list what was begun in {self.root}")
+            begun = retrying(list_all, f"Cannot list what was begun in {self.root}")
         except (PermissionError, NotImplementedError):
             return []
         return sorted((Upload(key.removeprefix(prefix), size, id) for key, size, id in begun), key=lambda it: it.path)
@@ -357,10 +361,17 @@ def _uploads(fs: Any, bucket: str, prefix: str) -> Iterator[tuple[str, int, str]
     """Key, bytes and id of each, over all pages."""
     after: dict[str, str] = {}
     while True:
-        page = fs.call_s3("list_multipart_uploads", Bucket=bucket, Prefix=prefix, **after)
+        try:
+            page = fs.call_s3("list_multipart_uploads", Bucket=bucket, Prefix=prefix, **after)
+        except OSError as error:
+            if error.errno == errno.ENOSYS:
+                raise NotImplementedError from None
+            raise
         for found in page.get("Uploads", []):
-            pieces = fs.call_s3("list_parts", Bucket=bucket, Key=found["Key"], UploadId=found["UploadId"])
-            yield found["Key"], sum(piece["Size"] for piece in pieces.get("Parts", [])), found["UploadId"]
+            # One that ends meanwhile is none.
+            with suppress(FileNotFoundError):
+                pieces = fs.call_s3("list_parts", Bucket=bucket, Key=found["Key"], UploadId=found["UploadId"])
+                yield found["Key"], sum(piece["Size"] for piece in pieces.get("Parts", [])), found["UploadId"]
         if not page.get("IsTruncated"):
             return
         after = {"KeyMarker": page["NextKeyMarker"], "UploadIdMarker": page["NextUploadIdMarker"]}

@@ -77,6 +77,8 @@ class Labels:
 
 def prompts_of(labels: Sequence[str], templates: Sequence[str]) -> dict[str, list[str]]:
     """Each label in each template, in place of its {}. Raises: ConfigError."""
+    if not templates:
+        raise ConfigError("There is no template", "Give --template one, or a file with a line that has {}.")
     if wrong := [template for template in templates if template.count("{}") != 1]:
         raise ConfigError(f"--template {wrong[0]!r} has not one {{}}", 'As in "a photo of a {}".')
     return {label: [template.replace("{}", label) for template in templates] for label in labels}
@@ -132,7 +134,9 @@ def make_plan(store: Store, encoder: str, labels: Labels, top: int = TOP) -> Pla
     require_one_vector(parts)
     folder = f"classifications/{encoder}/{labels.digest(read_record(store).encoders[encoder].fingerprint, top)}"
     there, wanted = set(store.names(folder)), [part.name for part in parts.ranges]
-    missing = [name for name in wanted if name not in there]
+    # Of these, parts that were labelled before may hold what was taken down since.
+    touched = read_takedowns(store).touched(waiting=True)
+    missing = [name for name in wanted if name not in there or f"{shard_of(name)}.{version_of(name)}" in touched]
     return Plan(encoder, folder, parts, missing, sorted(there - {*wanted, SUMMARY}), SUMMARY in there)
 
 
@@ -152,6 +156,8 @@ def classify(
     """
     if plan.is_done:
         return dict(json.loads(store.read(f"{plan.folder}/{SUMMARY}")))
+    # One of fewer parts would be taken for whole, should this die before it has its own.
+    store.delete([f"{plan.folder}/{SUMMARY}"])
     task, counts = label_task(store, plan, labels, embed, top), Counts()
     configure()
     with plain_errors(int(DataContext.get_current().execution_no_progress_timeout_s), lambda: []):

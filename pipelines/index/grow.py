@@ -133,7 +133,7 @@ def plan_update(base: Release, parts: Parts, settings: IndexConfig) -> Plan:
     known = len(base.parts.ranges)
     new = parts.run(known, len(parts.ranges))
     counted = settings.model_copy(update={"index_key": base.index_key})
-    first = first_refilled(base, parts, settings)
+    first = first_refilled(base, parts, counted)
     fresh = [range(run.start + known, run.stop + known) for run in cut(new, shard_count(new, counted))]
     runs = fresh if first == known else [range(first, len(parts.ranges))]
     positions = [np.empty(0, np.int64)] * known + pick(new, settings.recall_queries or HELD_OUT, settings.seed)
@@ -154,7 +154,7 @@ def first_refilled(base: Release, parts: Parts, settings: IndexConfig) -> int:
     run = parts.run(first, len(parts.ranges))
     fits = last.rows < run.rows <= max(shard.rows for shard in base.shards)
     whole = not any(part.gone for part in run.ranges)
-    return first if settings.shards == "auto" and fits and whole else known
+    return first if settings.shards == "auto" and fits and whole and shard_count(run, settings) == 1 else known
 
 
 class Update(Build):

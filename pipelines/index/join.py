@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+import uuid
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,7 @@ from pipelines.index.room import require_free_disk
 from pipelines.index.selection import Selection, standing
 from pipelines.index.train import available_bytes
 from pipelines.index.tune import apply
+from pipelines.lease import held
 from pipelines.storage import COPY_BYTES, Store, scratch_folder
 
 FILE, LISTS = "merged.faiss", "merged.ivfdata"
@@ -36,7 +38,7 @@ def join(store: Store, release: Release, say: Say = lambda line: None) -> None:
         say(f"{target} is there already")
         return
     whole = sum(shard.bytes for shard in release.shards)
-    with scratch_folder() as folder:
+    with held(store, f"index/merge.{uuid.uuid4().hex[:12]}", "index", say=say), scratch_folder() as folder:
         scratch = Path(folder)
         require_free_disk(scratch, 2 * whole)
         among = standing(release.parts)

@@ -197,6 +197,8 @@ class Worker:
         if self.frozen:
             self.network.matcher.image_tower.eval()
         if not self.tally.steps:
+            # Its seconds are those of training alone.
+            self.tally = Tally()
             torch.manual_seed(hashed(f"{self.optim.seed} {self.epoch} {self.place.rank}") % 2**31)
         for batch in self.feed.batches(self.epoch, self.tally.steps):
             self.tally.add(self._step(parallel, batch), len(batch) * self.place.workers)

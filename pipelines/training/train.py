@@ -167,8 +167,13 @@ def train(
         unreadable = int(reading(meter).get("decode", {}).get("unreadable", 0))
         if unreadable:
             say(f"{unreadable:,} times an image could not be read, and was left out")
-        history = read_history(run.store)
-        run.store.put_atomic(CURVES, draw_curves(history["epochs"]))
+        return draw(run.store)
+
+
+def draw(store: Store) -> dict[str, Any]:
+    """The curves of a run that is through, whose metrics it returns."""
+    history = read_history(store)
+    store.put_atomic(CURVES, draw_curves(history["epochs"]))
     return history
 
 
