@@ -160,6 +160,28 @@ def test_of_many_that_follow_one_does(store: Store) -> None:
     assert store.names("leases") == []
 
 
+class Late(Store):
+    """The real store, in which a holder goes and the next takes its epoch between a look and the taking."""
+
+    def read(self, path: str, *rest: Any) -> bytes:
+        if path == f"{PATH}/1.json" and not Late.over:
+            Late.over = True
+            self.delete([path])
+            put(Store(self.root, self.options), this_process("embed"))
+            raise FileNotFoundError(path)
+        return super().read(path, *rest)
+
+    over = False
+
+
+def test_of_two_that_saw_the_same_holder_go_one_does(store: Store) -> None:
+    put(store, stranger())
+    Late.over = False
+    with pytest.raises(HeldError), held(Late(store.root, store.options), NAME, "embed"):
+        raise AssertionError("held by two")
+    assert Late.over and store.names("leases") == ["embed/clip/1.json"]
+
+
 def test_collecting_and_running_exclude_each_other(store: Store) -> None:
     with held(store, NAME, "embed"):
         with pytest.raises(HeldError), held(store, COLLECT, "collect", excludes=lambda other: True):

@@ -106,6 +106,29 @@ def test_what_was_taken_down_has_no_label(root: Path) -> None:
     assert summary["images"] == len(keys) == len(items) - 2 and not {*gone} & {*keys}
 
 
+def test_what_is_taken_down_later_has_none_either(root: Path) -> None:
+    first = labelled(root, Labels(PROMPTS, SCALE))
+    items, _ = everything(root, "image")
+    remove(Store(str(root)), Asked([items[3].key]), "", "")
+    assert labelled(root, Labels(PROMPTS, SCALE))["images"] == first["images"] - 1
+    keys = [key for path in Path(first["folder"]).glob("*.parquet") for key in pq.read_table(path)["key"].to_pylist()]
+    assert items[3].key not in keys
+
+
+def test_one_that_dies_leaves_no_summary_of_fewer_parts(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = Path(labelled(root, Labels(PROMPTS, SCALE))["folder"])
+    sorted(folder.glob("*.parquet"))[0].unlink()
+
+    def die(*_: object, **__: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("ray.data.from_items", die)
+    plan = make_plan(Store(str(root)), ENCODER, Labels(PROMPTS, SCALE))
+    with pytest.raises(KeyboardInterrupt):
+        classify(Store(str(root)), plan, Labels(PROMPTS, SCALE), embed)
+    assert not (folder / "summary.json").exists()
+
+
 def test_many_labels_are_compared_a_few_images_at_a_time(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     whole = labelled(root, Labels(PROMPTS, SCALE))
     before = [pq.read_table(path) for path in sorted(Path(whole["folder"]).glob("*.parquet"))]
@@ -121,6 +144,8 @@ def test_many_labels_are_compared_a_few_images_at_a_time(root: Path, monkeypatch
 def test_what_cannot_be_labelled_is_said(root: Path) -> None:
     with pytest.raises(ConfigError, match=r"not one \{\}"):
         prompts_of(["cat"], ["a {} and a {}"])
+    with pytest.raises(ConfigError, match="no template"):
+        prompts_of(["cat"], [])
     with pytest.raises(ConfigError, match="1 labels to choose from"):
         make_plan(Store(str(root)), ENCODER, Labels({"cat": ["cat"]}, 1.0))
 

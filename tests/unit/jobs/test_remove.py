@@ -2,6 +2,7 @@
 
 import getpass
 import os
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +29,14 @@ def test_a_byte_order_mark_is_no_part_of_a_key(tmp_path: Path) -> None:
 def test_keys_are_taken_as_they_are(tmp_path: Path) -> None:
     (tmp_path / "keys").write_bytes(b" a \rb/c\n\nd\te\n")
     assert asked_for(Store(), str(tmp_path / "keys"), None, None, "").keys == [" a \rb/c", "d\te"]
+
+
+def test_keys_may_come_through_a_pipe(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "keys")
+    writer = threading.Thread(target=lambda: (tmp_path / "keys").write_bytes(b"a\nb\n"))
+    writer.start()
+    assert asked_for(Store(), str(tmp_path / "keys"), None, None, "").keys == ["a", "b"]
+    writer.join()
 
 
 def test_keys_may_lie_in_a_bucket(s3_options: dict[str, Any]) -> None:
