@@ -8,31 +8,23 @@ import re
 import signal
 import tarfile
 import time
-from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
-import ray.train
 import s3fs
 import yaml
 
-from pipelines.config import validate
 from pipelines.evaluate.report import report as write_report
-from pipelines.observe import nowhere
-from pipelines.prepare import Cluster
 from pipelines.queries import Query, embed_queries, query_spec
 from pipelines.scenes import key_of, scene, write_shards
 from pipelines.search import Searcher
 from pipelines.storage import Store
 from pipelines.training.checkpoint import checkpoints
-from pipelines.training.loop import Task, Worker
-from pipelines.training.settings import TrainConfig
-from pipelines.training.train import configure, fit, place, prepare_training, survey
 from tests.flow.command import TIMEOUT_S, Command, vecmill
 from tests.flow.runs import SMALL, embedded
-from tests.unit.training.runs import Noting, figures
+from tests.unit.training.runs import figures
 
 DATA = os.environ.get("VECMILL_TEST_DATA")
 pytestmark = pytest.mark.timeout(2 * TIMEOUT_S)
@@ -116,42 +108,6 @@ def test_a_run_in_a_bucket_that_was_killed_goes_on_to_the_same_metrics_and_weigh
     assert epochs(store) == epochs(Store(str(straight)))
     assert store.read("model/model.safetensors") == (straight / "model" / "model.safetensors").read_bytes()
     assert store.read("curves.png").startswith(b"\x89PNG") and len(checkpoints(store)) == 2
-
-
-def noting(told: dict[str, Any]) -> None:
-    """What each worker does, and then tells of itself."""
-    here, task = place(), told["task"]
-    worker = Worker(task, here)
-    worker.feed = feed = Noting(task.config, task.matcher, task.survey, here)
-    for epoch in worker.run():
-        ray.train.report(epoch)
-    weights = b"".join(weight.detach().numpy().tobytes() for weight in worker.network.parameters())
-    noted = {"seen": feed.seen, "weights": sha256(weights).hexdigest()}
-    task.store.put_atomic(f"noted/{here.rank}.json", json.dumps(noted).encode())
-
-
-def test_two_workers_share_out_an_epoch_and_keep_equal_weights(shards: Path, ray_local: str, tmp_path: Path) -> None:
-    data = {**RECIPE["data"], "captions": "one"}
-    recipe = {
-        **RECIPE,
-        "data": data,
-        "optim": {**RECIPE["optim"], "epochs": 2},
-        "workers": {"workers": 2, "threads": 1},
-    }
-    config = validate(TrainConfig, {**recipe, "input": str(shards), "output": str(tmp_path / "out")})
-    run = prepare_training(config, Cluster(cpus=4, gpus=0, nodes=1, node_cpus=4))
-    configure(run.config)
-    fit(run, Task(run.config, found := survey(run, lambda line: None), run.store, nowhere), noting)
-    noted = [json.loads(run.store.read(f"noted/{rank}.json")) for rank in (0, 1)]
-    assert noted[0]["weights"] == noted[1]["weights"]
-    told = epochs(run.store)
-    for at, epoch in enumerate(told):
-        # Ray shares rows out evenly, and a batch is whole: what two workers cannot fill one with is left out.
-        each = epoch["pairs"] // 2
-        assert found.images - 16 - 2 < epoch["pairs"] <= found.images
-        shown = [mark for one in noted for mark in one["seen"][at * each : (at + 1) * each]]
-        assert len(shown) == len(set(shown)) == epoch["pairs"]
-    assert told[1]["loss"] < told[0]["loss"] and told[1]["evaluated"]["images"] > 5
 
 
 def test_a_finished_run_does_nothing_and_another_recipe_is_refused(
