@@ -8,7 +8,7 @@ import socket
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
-from functools import cache
+from functools import cache, partial
 from typing import Any
 
 from tenacity import (
@@ -48,7 +48,7 @@ def connected(address: str | None) -> Iterator[Cluster]:
     address = address or os.environ.get("RAY_ADDRESS")
     try:
         require_listener(address)
-        with quiet_start(), handlers_kept():
+        with quiet_start(), handlers_kept(), own_process_group():
             _connect(address)
     except Exception as error:
         # Ray raises plain exceptions too, as when its node takes too long to start.
@@ -110,6 +110,25 @@ def quiet_start() -> Iterator[None]:
     finally:
         os.dup2(terminal, 2)
         os.close(terminal)
+
+
+@contextmanager
+def own_process_group() -> Iterator[None]:
+    """What Ray starts here meanwhile is not in ours: who signals a command's group means the command, which ends Ray.
+
+    Had Ray's node the signal too, it could be gone first; and a driver whose node is gone ends at once, in C++, with
+    exit code 1 and without a word. Elsewhere than on Linux it is by the group that Ray ends what it has started.
+    """
+    import ray._private.services
+
+    services: Any = ray._private.services
+    popen = services.ConsolePopen
+    if sys.platform == "linux":
+        services.ConsolePopen = partial(popen, process_group=0)
+    try:
+        yield
+    finally:
+        services.ConsolePopen = popen
 
 
 def quiet_console() -> None:

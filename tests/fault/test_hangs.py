@@ -8,8 +8,9 @@ import re
 import signal
 import threading
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 
+import psutil
 import pytest
 
 from pipelines.ledger import list_commits
@@ -30,18 +31,31 @@ def await_first(begun: threading.Event, process: Command) -> None:
         assert process.is_running, process.wait()[1]
 
 
+def groups(processes: list[psutil.Process]) -> set[int]:
+    """Of those that live."""
+    found = set()
+    for each in processes:
+        with suppress(ProcessLookupError):
+            found.add(os.getpgid(each.pid))
+    return found
+
+
 @pytest.mark.parametrize(
     "number", [signal.SIGINT, pytest.param(signal.SIGTERM, marks=pytest.mark.long)], ids=lambda number: number.name
 )
 def test_a_run_that_is_stopped_keeps_what_is_committed_and_says_how_to_go_on(rig: Rig, number: signal.Signals) -> None:
-    """With a Ray of its own, in a terminal's process group: Ctrl-C reaches Ray's processes too."""
+    """With a Ray of its own, which a signal to the terminal's process group must not reach before the run has ended it:
+    a driver whose node is gone may end on the spot."""
     output, begun = f"stopped-{number.name}", threading.Event()
     process = Command(["embed", rig.recipe(output)], alone=True)
     with rig.proxy.set(Trap("PUT", lambda path: "/commits/clip/" in path, begun.set, after=True)):
         await_first(begun, process)
+        rays = psutil.Process(process.pid).children(recursive=True)
+        assert rays and process.pid not in groups(rays)
         os.killpg(process.pid, number)
         status, printed = process.wait(STOP_S)
-    assert status == 128 + number
+    assert status == 128 + number, printed
+    assert psutil.wait_procs(rays, STOP_S)[1] == []
     assert "What is committed stays; run the same command to go on." in printed and "Traceback" not in printed
     assert list(list_commits(rig.store(output), "clip")) and rig.store(output).names("leases") == []
 
