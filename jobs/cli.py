@@ -24,7 +24,7 @@ from jobs.releases import publish, releases, rollback
 from jobs.remove import remove
 from jobs.report import report
 from jobs.search import search
-from jobs.signals import Stopped, received, stoppable
+from jobs.signals import received, stoppable
 from jobs.similarity import similarity
 from jobs.split import split
 from jobs.stats import stats
@@ -55,11 +55,20 @@ app.add_typer(encoders, name="encoders")
 def main() -> None:
     """Exit codes: 0 done, 1 failed, 2 usage or configuration, 3 finished but above the reject ceiling, 4 held by
     another run, 5 a release is built but not published, 130 and 143 stopped."""
+    end = end_of_command()
+    if isinstance(end, SystemExit) and not received():
+        raise end
+    sys.exit(tell(end))
+
+
+def end_of_command() -> BaseException:
+    """What it ends with, of which the command-line library makes a SystemExit, without a word where it is stopped."""
     with stoppable():
         try:
             app()
-        except (Exception, Stopped) as error:
-            sys.exit(tell(error))
+        except BaseException as error:
+            return error
+    raise AssertionError("it always exits")
 
 
 def tell(error: BaseException) -> int:

@@ -17,8 +17,8 @@ def received() -> int | None:
     return _received[0] if _received else None
 
 
-class Stopped(BaseException):
-    """Raised in the main thread. No KeyboardInterrupt: the command-line library ends on that without a word."""
+class Stopped(KeyboardInterrupt):
+    """Raised in the main thread. Ray's calls, in which it may be waiting, end on this and on no other."""
 
 
 @contextmanager

@@ -3,10 +3,16 @@
 from __future__ import annotations
 
 import json
+import os
+import signal
+import threading
+import time
 from pathlib import Path
 
 import pytest
+import ray
 
+from jobs.signals import received, stoppable
 from pipelines.scenes import write_shards
 from tests.flow.command import vecmill
 
@@ -99,3 +105,14 @@ def test_a_vanished_shard_is_kept_until_it_is_pruned(shards: list[Path], checkpo
 def parts(output: str) -> list[str]:
     """The folder of each part."""
     return sorted(path.parent.name for path in Path(output).rglob("part-*.parquet"))
+
+
+@pytest.mark.usefixtures("ray_local")
+def test_a_signal_ends_a_call_of_rays_that_waits() -> None:
+    waiting = ray.remote(num_cpus=0)(lambda: time.sleep(600)).remote()
+    signalled = threading.Timer(1, os.kill, (os.getpid(), signal.SIGTERM))
+    with stoppable(), pytest.raises(KeyboardInterrupt):
+        signalled.start()
+        ray.get(waiting, timeout=60)
+    assert received() == signal.SIGTERM
+    ray.cancel(waiting, force=True)

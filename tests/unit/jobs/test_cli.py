@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import shutil
+import signal
 import sys
 from collections.abc import Callable
 from contextlib import nullcontext
@@ -498,3 +500,15 @@ def test_the_training_recipes_that_ship_are_good() -> None:
     assert recipes
     for recipe in recipes:
         assert json.loads(load_settings(TrainConfig, recipe).model_dump_json())
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_what_is_stopped_says_so_and_how_to_go_on(
+    vecmill: Vecmill, monkeypatch: pytest.MonkeyPatch, number: signal.Signals
+) -> None:
+    stopped = typer.Typer()
+    stopped.command()(lambda: os.kill(os.getpid(), number))
+    monkeypatch.setattr("jobs.cli.app", stopped)
+    said = vecmill()
+    assert said.code == 128 + number
+    assert said.err == "vecmill: stopped. What is committed stays; run the same command to go on.\n"
