@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from pipelines.errors import LedgerError
 from pipelines.index.release import unfinished
 from pipelines.lease import COLLECT, Say, held
+from pipelines.lease import FOLDER as LEASES
 from pipelines.ledger import (
     COMMITS,
     RETIRED,
@@ -51,9 +52,7 @@ def leftovers(store: Store) -> list[Leftover]:
     staging = [Leftover("staging", path, size) for path, size in store.sizes(STAGING)]
     named = {family: {ref.stem for ref in list_commits(store, family)} for family in _families(store)}
     found = [Leftover("orphan", path, size) for path, size in data if _is_orphan(path, named)]
-    found += [
-        Leftover("orphan", *item) for top in (COMMITS, "reports", FOLDER) for item in store.sizes(top) if _is_torn(item)
-    ]
+    found += [Leftover("orphan", path, size) for path, size in _torn(store)]
     found += [*staging, *_of_indexes(store)]
     found += [Leftover("retired", path, size) for path, size in store.sizes(RETIRED)]
     found += [Leftover(UPLOAD, upload.path, upload.bytes) for upload in store.uploads(UPLOADING)]
@@ -128,8 +127,11 @@ def _is_orphan(path: str, named: dict[str, set[str]]) -> bool:
     return is_temporary(name) or bool(part and part["stem"] not in named.get(family, ()))
 
 
-def _is_torn(item: tuple[str, int]) -> bool:
-    return is_temporary(item[0])
+def _torn(store: Store) -> Iterator[tuple[str, int]]:
+    """Path and bytes of what puts to a local disk left that died, but for those of folders of data."""
+    yield from ((entry.uri.rpartition("/")[2], entry.bytes) for entry in store.glob(".*.tmp"))
+    for top in (COMMITS, "reports", FOLDER, LEASES, "projections"):
+        yield from (item for item in store.sizes(top) if is_temporary(item[0]))
 
 
 def _of_indexes(store: Store) -> Iterator[Leftover]:

@@ -22,6 +22,9 @@ SAMPLES_FAMILY = "samples"
 FINDINGS = ("evaluations", "duplicates", "similarity", "compare", "classifications", "map", "report")
 """Folders of an output with what was found out about its samples: made again at will, and full of keys and pictures."""
 
+MASKED_CHARS, DETAIL_CHARS = 2**16, 1_000
+"""Of a reject's detail: how much is looked through for credentials, and how much of it is kept."""
+
 
 @dataclass(frozen=True)
 class Entry:
@@ -57,7 +60,8 @@ class Shard:
 class Reject:
     """An item that could not be embedded.
 
-    reason: a short constant such as `truncated_image`; detail: one line for a person, credentials masked.
+    reason: a short constant such as `truncated_image`; detail: one line for a person, credentials masked, cut where it
+    is long.
     caption_index: None for an image, or for it with its caption.
     """
 
@@ -68,7 +72,8 @@ class Reject:
     caption_index: int | None = None
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "detail", masked(self.detail))
+        # Cut short last: half an address may hide what the mask goes by.
+        object.__setattr__(self, "detail", masked(self.detail[:MASKED_CHARS])[:DETAIL_CHARS])
 
 
 @dataclass

@@ -250,7 +250,7 @@ class _Lease:
 
     def _is_ours(self) -> bool:
         with suppress(FileNotFoundError, ValueError):
-            there = Holder.model_validate_json(self._store.read(self._path(self._epoch), is_whole_json))
+            there = Holder.model_validate_json(self._store.read(self._path(self._epoch), is_whole_json, listed=True))
             return there.token == self.holder.token
         return False
 

@@ -155,7 +155,7 @@ def read_commit(store: Store, ref: CommitRef, listed: bool = False) -> Commit:
 def read_commits(store: Store, refs: Iterable[CommitRef]) -> Iterator[Commit]:
     """Those that another run retires meanwhile are left out."""
     paths = [ref.path for ref in refs]
-    for path, data in zip(paths, store.read_many(paths, is_whole_json), strict=True):
+    for path, data in zip(paths, store.read_listed(paths, is_whole_json), strict=True):
         if data is not None:
             yield _parse(data, store.uri(path))
 
@@ -263,23 +263,32 @@ def commit(store: Store, candidate: Commit) -> Commit:
 def place(store: Store, standing: Commit, fingerprint: str | None = None) -> None:
     """Copies what the commit names to its final names, then drops the staging folder.
 
-    May be done by several at once and any number of times. Raises: LedgerError where a part is
-    neither in staging nor in place.
+    May be done by several at once and any number of times. What lies at a final name already gives way to what is
+    staged: it may be damaged, or of a commit that was moved away. Raises: LedgerError where a part is neither in
+    staging nor in place.
     """
     for part in standing.parts:
-        if not _is_placed(store, part):
-            try:
-                store.copy(part.staged, part.final)
-            except FileNotFoundError:
-                if not _is_placed(store, part):
-                    raise LedgerError(
-                        f"{store.uri(part.final)} is named by a commit but is not there",
-                        f"Move {store.uri(standing.ref.path)} away and run again: its shard will be done again.",
-                    ) from None
-            require_placed(store, part)
+        try:
+            _put_in_place(store, part)
+        except FileNotFoundError:
+            raise LedgerError(
+                f"{store.uri(part.final)} is named by a commit but is not there",
+                f"Move {store.uri(standing.ref.path)} away and run again: its shard will be done again.",
+            ) from None
+        require_placed(store, part)
     store.delete_folder(
         staging_folder(standing.family, standing.shard, standing.version, fingerprint or standing.fingerprint)
     )
+
+
+def _put_in_place(store: Store, part: Part) -> None:
+    """Raises: FileNotFoundError where it is in neither place."""
+    try:
+        store.copy(part.staged, part.final)
+    except FileNotFoundError:
+        # Another has placed it and cleared the staging; or the store has yet to find what was put there.
+        if not _is_placed(store, part):
+            store.copy(part.staged, part.final, listed=True)
 
 
 def require_placed(store: Store, part: Part) -> None:
@@ -311,8 +320,8 @@ def retire(store: Store, ref: CommitRef) -> None:
 
 
 def settle(store: Store, plan: Plan) -> None:
-    """Finishes what a run that died left half-way: placements, and retiring superseded commits."""
-    for ref in plan.superseded:
+    """Finishes what a run that died left half-way: placements, and retiring commits that others stand for."""
+    for ref in [*plan.superseded, *([] if plan.pending else plan.recut)]:
         retire(store, ref)
     for standing in read_commits(store, plan.unplaced):
         place(store, standing)

@@ -119,16 +119,16 @@ class Store:
 
         return retrying(cat, f"Cannot read {self.uri(path)}", listed)
 
-    def read_many(
+    def read_listed(
         self, paths: Iterable[str], is_whole: Callable[[bytes], bool] = lambda data: True
     ) -> Iterator[bytes | None]:
-        """Many small objects at once, in order; None for one that is not there."""
+        """Many small objects at once that were listed a moment ago, in order; None for one that has gone since."""
         with ThreadPoolExecutor(LIST_THREADS) as pool:
             yield from pool.map(lambda path: self._read_or_none(path, is_whole), paths)
 
     def _read_or_none(self, path: str, is_whole: Callable[[bytes], bool]) -> bytes | None:
         try:
-            return self.read(path, is_whole)
+            return self.read(path, is_whole, listed=True)
         except FileNotFoundError:
             return None
 
@@ -292,15 +292,15 @@ class Store:
 
         return retrying(put, f"Cannot write {self.uri(path)}")
 
-    def copy(self, source: str, target: str) -> None:
-        """Raises FileNotFoundError where the source is gone."""
+    def copy(self, source: str, target: str, listed: bool = False) -> None:
+        """listed: as for `read`. Raises FileNotFoundError where the source is gone."""
         fs, bare_source = self._fs(source)
         _, bare_target = self._fs(target)
         what = f"Cannot copy {self.uri(source)} to {self.uri(target)}"
         if is_local(self.uri(target)):
-            retrying(lambda: _put_local(bare_target, Path(bare_source), os.replace), what)
+            retrying(lambda: _put_local(bare_target, Path(bare_source), os.replace), what, listed)
         else:
-            retrying(lambda: fs.cp_file(bare_source, bare_target), what)
+            retrying(lambda: fs.cp_file(bare_source, bare_target), what, listed)
 
     def delete(self, paths: Iterable[str]) -> None:
         """Those that are already gone are no error."""

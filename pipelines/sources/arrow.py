@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+import re
+from collections.abc import Callable
 from typing import Any
 
 import pyarrow as pa
+
+# Arrow's own make plain values. Others are whatever a library has registered: Ray's unpickles what it finds.
+_FOREIGN = re.compile(r"extension<(?!arrow\.)")
 
 
 def is_bytes(type_: pa.DataType) -> bool:
@@ -12,13 +17,24 @@ def is_bytes(type_: pa.DataType) -> bool:
 
 
 def values_of(column: pa.Array) -> list[Any]:
-    """One Python value a row. Text that is not UTF-8 comes as bytes, what Python cannot hold as text or None."""
+    """One Python value a row. Text that is not UTF-8 comes as bytes, what Python cannot hold as text or None, values
+    of a type that is not Arrow's own as what they are stored as."""
     for read in (_as_is, _with_raw_text, _as_text):
         try:
-            return read(column)
+            return read(_stored(column))
         except (ValueError, TypeError, LookupError, OverflowError, ImportError, pa.ArrowException):
             continue
     return [None] * len(column)
+
+
+def _stored(column: pa.Array) -> pa.Array:
+    """Raises: TypeError where a foreign type lies within one that cannot be taken apart."""
+    if not _FOREIGN.search(str(column.type)):
+        return column
+    plain = _changed(column.type, lambda type_: type_)
+    if _FOREIGN.search(str(plain)):
+        raise TypeError(f"{column.type} cannot be read")
+    return column.cast(plain)
 
 
 def _as_is(column: pa.Array) -> list[Any]:
@@ -35,17 +51,26 @@ def _as_text(column: pa.Array) -> list[Any]:
 
 def _raw(type_: pa.DataType) -> pa.DataType:
     """The type with bytes in place of text."""
-    if pa.types.is_string(type_) or pa.types.is_dictionary(type_):
-        return pa.binary()
-    if pa.types.is_large_string(type_):
-        return pa.large_binary()
+
+    def raw(leaf: pa.DataType) -> pa.DataType:
+        if pa.types.is_string(leaf) or pa.types.is_dictionary(leaf):
+            return pa.binary()
+        return pa.large_binary() if pa.types.is_large_string(leaf) else leaf
+
+    return _changed(type_, raw)
+
+
+def _changed(type_: pa.DataType, leaf: Callable[[pa.DataType], pa.DataType]) -> pa.DataType:
+    """The type with `leaf` of all that is no list or struct, and foreign types as what they are stored as."""
+    if isinstance(type_, pa.BaseExtensionType) and _FOREIGN.search(str(type_)):
+        return _changed(type_.storage_type, leaf)
     if pa.types.is_list(type_):
-        return pa.list_(_raw(type_.value_type))
+        return pa.list_(_changed(type_.value_type, leaf))
     if pa.types.is_large_list(type_):
-        return pa.large_list(_raw(type_.value_type))
+        return pa.large_list(_changed(type_.value_type, leaf))
     if pa.types.is_struct(type_):
-        return pa.struct([(field.name, _raw(field.type)) for field in type_])
-    return type_
+        return pa.struct([(field.name, _changed(field.type, leaf)) for field in type_])
+    return leaf(type_)
 
 
 def _decoded(value: Any) -> Any:

@@ -156,7 +156,7 @@ def _members(file: File, settings: ReadConfig, store: Store) -> list[Member]:
 def _read(entry: Entry, store: Store) -> bytes:
     changed = ChangedInputError(f"{entry.uri} changed while it was read", "Run the same command again.")
     try:
-        data = store.read(entry.uri)
+        data = store.read(entry.uri, lambda data: len(data) == entry.bytes, listed=True)
     except FileNotFoundError:
         raise changed from None
     if len(data) != entry.bytes:

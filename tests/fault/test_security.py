@@ -10,10 +10,16 @@ import subprocess
 import sys
 import tarfile
 from collections.abc import Callable
+from itertools import starmap
 from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+import ray.data
 
+from tests.fault.through import rows_of
 from tests.unit.sources.made import jpeg
 
 # Reads and decodes a tar, and tells of every file that was opened, made or looked at meanwhile.
@@ -93,6 +99,22 @@ def test_pickles_in_a_tar_are_not_loaded(tmp_path: Path) -> None:
     assert touched == []
     assert not (tmp_path / "marker").exists()
     assert dict(rows) == {"a": ["not_utf8"], "b": ["unidentified_image"], "c": ["unknown_extension"]}
+
+
+@pytest.mark.parametrize("column", ["mask", "image"])
+def test_pickles_in_a_parquet_are_not_loaded(tmp_path: Path, column: str) -> None:
+    """Ray has registered a type with Arrow whose values are unpickled as they are read; any file may say it has it."""
+    assert ray.data
+    loaded = pickle.dumps(Pickled(tmp_path / "marker"))
+    known_as = {"ARROW:extension:name": "ray.data.arrow_pickled_object", "ARROW:extension:metadata": ""}
+    pickled = pa.field("item", pa.large_binary(), metadata=known_as)
+    nested = {"list": pa.list_(pickled), "struct": pa.struct([pickled]), "map": pa.map_(pa.string(), pickled)}
+    values = {"list": [loaded], "struct": {"item": loaded}, "map": [("a", loaded)], column: loaded, "caption": "fine"}
+    fields = [pa.field("caption", pa.string()), pickled.with_name(column), *starmap(pa.field, nested.items())]
+    pq.write_table(pa.Table.from_pylist([values], pa.schema(fields)), tmp_path / "a.parquet")
+    (row,) = rows_of(tmp_path / "a.parquet")
+    assert row["captions"] == ["fine"] and not (tmp_path / "marker").exists()
+    assert [reject["reason"] for reject in row["rejects"]] == (["unidentified_image"] if column == "image" else [])
 
 
 def test_the_pickle_of_these_tests_does_run_where_it_is_loaded(tmp_path: Path) -> None:

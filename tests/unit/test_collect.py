@@ -34,7 +34,7 @@ class Killed(BaseException):
 class Dying(Store):
     """The real store, up to the first copy to a final name."""
 
-    def copy(self, source: str, target: str) -> None:
+    def copy(self, source: str, target: str, listed: bool = False) -> None:
         raise Killed
 
 
@@ -64,6 +64,11 @@ def torn_put(store: Store) -> None:
     store.put_atomic("samples/.part-a.parquet.0123456789ab.tmp", b"x")
 
 
+def torn_puts_elsewhere(store: Store) -> None:
+    for path in (".run.json", "leases/embed/clip/.1.json", "projections/.a.safetensors"):
+        store.put_atomic(f"{path}.0123456789ab.tmp", b"x")
+
+
 def fragments(store: Store) -> None:
     write(store, range(5), None, version="v2")
 
@@ -90,6 +95,7 @@ def retired(store: Store) -> None:
 KINDS: list[tuple[Callable[[Store], None], str, int]] = [
     (orphan_part, "orphan", 1),
     (torn_put, "orphan", 1),
+    (torn_puts_elsewhere, "orphan", 3),
     (fragments, "staging", 2),
     (probe, "staging", 1),
     (index_staging, "staging", 1),
@@ -197,9 +203,9 @@ def test_what_a_late_task_commits_meanwhile_stays(output: Store) -> None:
 class Collected(Store):
     """The real store, in which staging is collected between a commit and its placing."""
 
-    def copy(self, source: str, target: str) -> None:
+    def copy(self, source: str, target: str, listed: bool = False) -> None:
         self.delete_folder("staging")
-        super().copy(source, target)
+        super().copy(source, target, listed)
 
 
 def test_a_commit_whose_parts_were_collected_is_taken_back(tmp_path: Path) -> None:

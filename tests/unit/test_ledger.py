@@ -38,6 +38,7 @@ from pipelines.ledger import (
 )
 from pipelines.merge import _require_balance
 from pipelines.storage import Store
+from pipelines.verify import problems
 from pipelines.write import EmbeddingSink
 from tests.encoded import ENCODER, FAMILIES, encoded_row, encoded_rows
 
@@ -96,7 +97,7 @@ class FaultyStore(Store):
     runner: str
     scheduler: Scheduler
 
-    def read_many(self, paths: Iterable[str], *words: Any) -> Iterator[bytes | None]:
+    def read_listed(self, paths: Iterable[str], *words: Any) -> Iterator[bytes | None]:
         """One after the other: the scheduler counts on one call at a time from a run."""
         return (self._read_or_none(path, *words) for path in paths)
 
@@ -309,6 +310,18 @@ def test_pieces_of_an_object_that_is_cut_anew_stay_until_the_new_ones_are_there(
     assert [ref.shard for ref in list_commits(store, "samples")] == [whole.id]
 
 
+def test_a_run_that_died_once_the_new_pieces_were_there_leaves_no_row_twice(tmp_path: Path) -> None:
+    store, whole = Store(str(tmp_path)), SHARDS[0]
+    EmbeddingSink(store, FAMILIES, WriteConfig()).write([encoded_rows(range(5), 5, f"{whole.id}-p00000")], None)
+    plan = make_plan(store, [whole], FAMILIES)
+    EmbeddingSink(store, FAMILIES, WriteConfig(), plan).write([encoded_rows(range(5), 5, whole.id)], None)
+    again = make_plan(store, [whole], FAMILIES)
+    assert not again.pending and again.recut
+    settle(store, again)
+    assert tally(store, [ENCODER.name])[0]["image"].items == 4
+    assert [ref.shard for family in FAMILIES for ref in list_commits(store, family)] == [whole.id] * 2
+
+
 def test_a_run_that_ends_late_leaves_a_newer_version_alone(tmp_path: Path) -> None:
     store = Store(str(tmp_path))
     late = make_plan(store, SHARDS[:1], FAMILIES)
@@ -363,6 +376,19 @@ def test_a_part_that_is_gone_is_named(tmp_path: Path) -> None:
     store.delete([standing.parts[0].final])
     with pytest.raises(LedgerError, match="is not there"):
         place(store, standing)
+
+
+def test_a_part_that_is_damaged_gives_way_to_one_that_is_made_again(tmp_path: Path) -> None:
+    """Of the same size, so that only its bytes tell; and the commit moved away, as is told where it is not to be read."""
+    store = written(tmp_path, "v1")
+    (ref,) = list_commits(store, "samples")
+    final = read_commit(store, ref).parts[0].final
+    whole = store.read(final)
+    store.put_atomic(final, whole[:-9] + bytes([whole[-9] ^ 1]) + whole[-8:])
+    assert any("damaged" in told for told in problems(store, deep=True))
+    store.delete([ref.path])
+    written(tmp_path, "v1")
+    assert store.read(final) == whole and not list(problems(store, deep=True))
 
 
 def test_retiring_twice_is_no_error(tmp_path: Path) -> None:

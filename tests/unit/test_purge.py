@@ -201,9 +201,9 @@ class Mortal(Store):
         self._step(path)
         return super().put_if_absent(path, data)
 
-    def copy(self, source: str, target: str) -> None:
+    def copy(self, source: str, target: str, listed: bool = False) -> None:
         self._step(target)
-        super().copy(source, target)
+        super().copy(source, target, listed)
 
     def delete(self, paths: Iterable[str]) -> None:
         for path in paths:

@@ -109,6 +109,13 @@ def test_a_long_text_takes_no_time_of_its_square(piece: str) -> None:
     assert time.process_time() - begun < 3
 
 
+@pytest.mark.timeout(60)
+def test_a_long_name_of_secrets_names_does_not_hang() -> None:
+    name = "token" * 50_000
+    assert masked(f"https://a.org/?{name}=abc") == f"https://a.org/?{name}=***"
+    assert masked(f"https://a.org/?{name}") == f"https://a.org/?{name}"
+
+
 def test_no_one_meets_a_known_secret_that_is_not_yet_hidden(monkeypatch: pytest.MonkeyPatch) -> None:
     """While one thread remembers, another may ask: the pattern is there before the secret is known."""
 

@@ -53,7 +53,7 @@ def test_what_was_put_is_read(store: Store, tmp_path: Path) -> None:
     store.put_atomic("a/file", tmp_path / "file")
     assert store.read("a/bytes") == b"second"
     assert store.read("a/file") == b"of a file" * 1000
-    assert list(store.read_many(["a/file", "a/bytes"])) == [b"of a file" * 1000, b"second"]
+    assert list(store.read_listed(["a/file", "a/bytes"])) == [b"of a file" * 1000, b"second"]
     assert store.stat("a/bytes").bytes == 6
 
 

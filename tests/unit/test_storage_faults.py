@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -14,8 +15,14 @@ import pytest
 import s3fs
 from aiohttp import web
 
+from pipelines.config import WriteConfig
 from pipelines.errors import StorageError
+from pipelines.lease import held
+from pipelines.ledger import tally
 from pipelines.storage import Store
+from pipelines.verify import problems
+from pipelines.write import EmbeddingSink
+from tests.encoded import ENCODER, FAMILIES, encoded_rows
 from tests.s3_proxy import S3Proxy, Trap
 
 KEYS = {"key": "testkey", "secret": "testsecret"}
@@ -100,6 +107,22 @@ def test_a_final_answer_is_not_asked_for_again(
     with pytest.raises(error):
         store.read("a")
     assert proxy.trap.seen == 1
+
+
+@pytest.mark.usefixtures("impatient_client")
+def test_what_is_known_to_be_there_is_asked_for_again(proxy: S3Proxy) -> None:
+    """A store that says once that it is not: the lease of a live run, parts that were just staged, a listed commit."""
+    store = behind(proxy)
+    missing = [Refusals(method, path, web.HTTPNotFound, 1)
+               for method, path in (("GET", "/leases/"), ("PUT", "/samples/part-"), ("GET", "/commits/"))]  # fmt: skip
+    with held(store, "embed/clip", "embed", renew_s=0.05), proxy.set(missing[0]):
+        while missing[0].seen < 3:
+            time.sleep(0.05)
+    with proxy.set(missing[1]):
+        EmbeddingSink(store, FAMILIES, WriteConfig()).write([encoded_rows(range(5), 5)], None)
+    with proxy.set(missing[2]):
+        assert tally(store, [ENCODER.name])[2] == 1
+    assert list(problems(store)) == [] and all(each.seen > 1 for each in missing)
 
 
 def test_an_acknowledgement_that_was_lost_leaves_one_object(proxy: S3Proxy) -> None:

@@ -1,8 +1,11 @@
 import json
 import os
+from collections import Counter
 from pathlib import Path
+from typing import Any
 
 import pytest
+from fsspec.implementations.local import LocalFileSystem
 
 from pipelines.config import ReadConfig
 from pipelines.errors import AccessError, ChangedInputError, InputError
@@ -81,7 +84,7 @@ def test_a_slice_that_changed_since_the_plan_is_refused(folder: Path) -> None:
 
 def test_a_file_that_may_not_be_read_is_no_reject(folder: Path) -> None:
     class Refusing(Store):
-        def read(self, path: str) -> bytes:
+        def read(self, path: str, *_: object, **__: object) -> bytes:
             raise AccessError(f"Cannot read {path}")
 
     (shard,) = plan(folder)
@@ -148,3 +151,18 @@ def test_links_to_folders_are_not_gone_into(tmp_path: Path) -> None:
     (inside / "round.jpg").symlink_to(inside / "round.jpg")
     for given in (inside, inside / "**" / "*.jpg"):
         assert [sample.key for sample in read(given)] == ["sub/x"]
+
+
+def test_a_file_that_comes_short_or_late_is_read_again(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The storage says nothing of it; its listing has the length."""
+    (shard,) = plan(folder)
+    whole, cat, asked = list(samples(shard, ReadConfig(), STORE)), LocalFileSystem.cat_file, Counter[str]()
+
+    def faulty(fs: LocalFileSystem, path: str, *how: Any, **more: Any) -> bytes:
+        asked[path] += 1
+        if asked[path] == 1 and path.endswith("05.jpg"):
+            raise FileNotFoundError(path)
+        return bytes(cat(fs, path, *how, **more))[: -1 if asked[path] == 1 else None]
+
+    monkeypatch.setattr(LocalFileSystem, "cat_file", faulty)
+    assert list(samples(shard, ReadConfig(), STORE)) == whole and set(asked.values()) == {2}
