@@ -21,6 +21,7 @@ _MAX_EXTENSION_BYTES = 2**20
 # Archives may be joined end to end, with padding between; what is gzipped may be padding without an end.
 _MAX_PADDING_BLOCKS = 2**17
 _LONG_NAME, _LONG_LINK = tarfile.GNUTYPE_LONGNAME, tarfile.GNUTYPE_LONGLINK
+_SPARSE = b"GNU.sparse."
 _PAX = (tarfile.XHDTYPE, tarfile.SOLARIS_XHDTYPE)
 
 
@@ -116,7 +117,11 @@ class Archive:
             if not length.isdigit() or not 0 < int(length) <= len(data):
                 raise self._broken("corrupt_shard", f"bad pax record before byte {self._at}")
             name, _, value = rest[: int(length) - len(length) - 2].partition(b"=")
-            records[name.decode("utf-8", "replace")] = value
+            # The rest is of no use here, and may be without end.
+            if name in (b"path", b"size"):
+                records[name.decode()] = value
+            elif name.startswith(_SPARSE):
+                records[_SPARSE.decode()] = b""
             data = data[int(length) :]
         return records
 
@@ -124,7 +129,7 @@ class Archive:
         name = overrides["path"].decode("utf-8", "surrogateescape") if "path" in overrides else info.name
         size = overrides.get("size", str(info.size).encode())
         # Not `issparse`: that asks for the map, which tarfile reads only when it opens the archive itself.
-        sparse = info.type == tarfile.GNUTYPE_SPARSE or any(key.startswith("GNU.sparse.") for key in overrides)
+        sparse = info.type == tarfile.GNUTYPE_SPARSE or _SPARSE.decode() in overrides
         if not size.isdigit():
             raise self._broken("corrupt_shard", f"{name} has a size of {size!r}")
         if info.type == tarfile.GNUTYPE_SPARSE:

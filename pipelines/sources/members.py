@@ -14,6 +14,8 @@ from pipelines.sources.text import STAGE, Fault, as_list, captions_of, decoded, 
 CAPTION_EXTENSIONS = ("txt", "caption")
 MAX_METADATA_BYTES = 16 * 2**20
 MAX_FIELD_BYTES = 64 * 2**10
+MAX_MEMBERS = 1_000
+"""Of one key in a row; what follows is a sample of its own, as where a key comes again."""
 
 
 @dataclass
@@ -40,13 +42,16 @@ class Member:
         return self.is_image and "." not in self.extension
 
 
-def limit_of(member: Member, settings: ReadConfig) -> int:
-    """Bytes above which a member is not read into memory."""
+def limit_of(member: Member, settings: ReadConfig, beside: Iterable[Member] = ()) -> int:
+    """Bytes above which a member is not read into memory. beside: those of its sample that were read before it."""
     if member.is_image:
         return settings.max_image_bytes
     if member.extension in CAPTION_EXTENSIONS:
         return settings.max_caption_bytes
-    return MAX_METADATA_BYTES if member.extension == "json" else MAX_FIELD_BYTES
+    if member.extension == "json":
+        return MAX_METADATA_BYTES
+    taken = sum(len(other.data) for other in beside if other.data and not other.is_image)
+    return max(0, min(MAX_FIELD_BYTES, MAX_METADATA_BYTES - taken))
 
 
 def too_large(member: Member, limit: int) -> Fault:

@@ -30,7 +30,7 @@ from pipelines.stream import READ_BLOCK_BYTES
 
 FOOTER_THREADS = 16
 CUT_ABOVE_BYTES = 64 * 2**20
-_BATCH_ROWS = 32
+_BATCH_ROWS, _BATCH_BYTES = 32, 64 * 2**20
 _PROBED_FILES = 8
 _PROBE_BYTES = 2**16
 _MANY_ROWS = 2**20
@@ -221,7 +221,7 @@ def _readable(file: Any, group: int, columns: Columns) -> Iterator[dict[str, Any
     """The group's rows, a few at a time; where its bytes are bad, a Fault and no more."""
     skipped = _large_fields(file, group, columns)
     wanted = [name for name in file.schema_arrow.names if name not in skipped] if skipped else None
-    batches = file.iter_batches(_BATCH_ROWS, row_groups=[group], columns=wanted, use_threads=False)
+    batches = file.iter_batches(_batch_rows(file, group), row_groups=[group], columns=wanted, use_threads=False)
     for number in count():
         try:
             with _told_from_storage():
@@ -234,6 +234,11 @@ def _readable(file: Any, group: int, columns: Columns) -> Iterator[dict[str, Any
         for values in zip(*map(values_of, batch.columns), strict=True):
             row = dict(zip(batch.schema.names, values, strict=True))
             yield ({"_skipped": skipped} if skipped else {}) | row
+
+
+def _batch_rows(file: Any, group: int) -> int:
+    """The fewer, the larger the group: a value that is in its dictionary once may be that of every row."""
+    return max(1, min(_BATCH_ROWS, _BATCH_BYTES // max(1, _group_bytes(file.metadata, group))))
 
 
 def _large_fields(file: Any, group: int, columns: Columns) -> list[str]:

@@ -18,6 +18,7 @@ from pipelines.sources.archive import Archive, BrokenArchiveError, Header
 from pipelines.sources.identity import object_version, shard_id
 from pipelines.sources.kinds import basename, is_litter
 from pipelines.sources.members import (
+    MAX_MEMBERS,
     Member,
     assemble,
     limit_of,
@@ -56,7 +57,8 @@ def _samples(shard: Shard, settings: ReadConfig, stream: BufferedReader) -> Iter
             if is_litter(header.name):
                 continue
             next_key, extension = split_name(header.name)
-            if members and (next_key != key or any(m.extension == extension for m in members)):
+            ends = next_key != key or any(m.extension == extension for m in members) or len(members) == MAX_MEMBERS
+            if members and ends:
                 yield from _assembled(key, members, settings)
                 members = []
             key = next_key
@@ -90,7 +92,7 @@ def _broken_off(
 
 def _add(members: list[Member], header: Header, member: Member, archive: Archive, settings: ReadConfig) -> None:
     member.offset, member.length = header.offset, header.size
-    limit = limit_of(member, settings)
+    limit = limit_of(member, settings, members)
     wanted = not (member.is_image and any(m.is_plain_image or not member.is_plain_image for m in members if m.is_image))
     # In the list before it is read: if the archive breaks off there, this is the sample that was cut.
     members.append(member)

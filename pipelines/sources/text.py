@@ -14,6 +14,8 @@ from pipelines.contracts import Reject
 STAGE = "read"
 MAX_DEPTH = 64
 MAX_BASE64_BYTES = 4 * 2**10
+MAX_CAPTIONS = 1_000
+"""Of a sample; all of them are tokenised at once."""
 
 
 @dataclass(frozen=True)
@@ -42,11 +44,16 @@ def captions_of(values: Iterable[Any], max_bytes: int) -> tuple[list[str | None]
 
     A null is no caption and takes no place; a blank one keeps its place, so that positions stay the
     source's, unless there are only blank ones. NUL characters and line ends at the end are dropped,
-    nothing else is. values: text, bytes, numbers, `{"raw": text}`, or a Fault found earlier.
+    nothing else is. Beyond MAX_CAPTIONS one reject stands for all. values: text, bytes, numbers, `{"raw": text}`, or a
+    Fault found earlier.
     """
     captions: list[str | None] = []
     rejects: list[Reject] = []
     for value in values:
+        if len(captions) == MAX_CAPTIONS:
+            rejects.append(Reject("text", STAGE, "too_many_captions", f"more than {MAX_CAPTIONS:,}", MAX_CAPTIONS))
+            captions.append(None)
+            break
         caption = _caption(value, max_bytes)
         if isinstance(caption, Fault):
             rejects.append(Reject("text", STAGE, caption.reason, caption.detail, len(captions)))

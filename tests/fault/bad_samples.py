@@ -18,6 +18,8 @@ from typing import Any, Literal
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from pipelines.sources.members import MAX_MEMBERS
+from pipelines.sources.text import MAX_CAPTIONS
 from tests.fault.bad_images import BROKEN, ODD, RED, Colour, Picture, plain
 from tests.unit.sources.made import gnu_sparse
 
@@ -288,6 +290,17 @@ TARS = [
         "JSON nested 100,000 deep beside a caption",
         lambda key: _pair(key) + member(f"{key}.json", b"[" * 100_000),
         Row(),
+    ),
+    in_tar(
+        "more files than a sample may have",
+        lambda key: _pair(key) + b"".join(member(f"{key}.f{number}", b"x") for number in range(MAX_MEMBERS)),
+        Row(),
+        UNKNOWN,
+    ),
+    in_tar(
+        "more captions than a sample may have",
+        lambda key: member(f"{key}.jpg", plain()) + member(f"{key}.json", _line({"captions": ["a"] * 2_000})),
+        Row(captions=("a",) * MAX_CAPTIONS + (Rejected("too_many_captions"),)),
     ),
     in_tar(
         "captions in JSON of all types",
