@@ -13,6 +13,7 @@ from pipelines.errors import StalledError, VecmillError, WorkerError
 from pipelines.ledger import Work
 
 STAGES = {"ReadShards": "read", "(Decode)": "decode", "(Encode)": "encode", "Write": "write"}
+ACTORS = {"(Encode)": "encode", "(Translate)": "translate"}
 _OPERATOR = re.compile(r"^  - (?P<name>.+?): (?P<active>\d+) active task", re.MULTILINE)
 
 
@@ -57,9 +58,11 @@ def _explained(
             "cluster.no_progress_timeout_s sets how long to wait.",
         )
     if isinstance(error, ray.exceptions.ActorDiedError | ray.exceptions.ActorUnavailableError):
+        stage = _actor(error)
         return WorkerError(
-            f"The encode actor cannot start or keeps dying: {_lines(error)[-1]}",
-            "Most often its node has too little memory for the model: lower encode.batch_size or encode.actors.",
+            f"{f'The {stage} actor' if stage else 'An actor'} cannot start or keeps dying: {_lines(error)[-1]}",
+            "Most often its node has too little memory"
+            + (f" for the model: lower {stage}.batch_size or {stage}.actors." if stage else "; Ray's logs tell more."),
         )
     if isinstance(
         error, ray.exceptions.WorkerCrashedError | ray.exceptions.OutOfMemoryError | ray.exceptions.NodeDiedError
@@ -88,6 +91,11 @@ def _at_work(told: str) -> str:
 
 def _stage(operator: str) -> str:
     return next((stage for word, stage in STAGES.items() if word in operator), operator)
+
+
+def _actor(error: BaseException) -> str | None:
+    """The stage that a dead actor was of, which has settings of the same name; None for any other actor."""
+    return next((stage for word, stage in ACTORS.items() if word in str(error)), None)
 
 
 def _left(pending: Callable[[], list[Work]]) -> str:

@@ -35,6 +35,8 @@ PATIENCE_S = 3.0
 BETWEEN_LOOKS_S = (0.05, 0.2)
 
 Say = Callable[[str], None]
+_silent: set[str] = set()
+"""Roots of stores that said nothing for PATIENCE_S when a lease in them was to end."""
 
 
 class Holder(BaseModel):
@@ -211,7 +213,7 @@ class _Lease:
             yield
         finally:
             over.set()
-            thread.join(PATIENCE_S)
+            self._await(thread)
 
     def _renew_until(self, over: threading.Event, renew_s: float) -> None:
         while not over.wait(renew_s):
@@ -234,7 +236,13 @@ class _Lease:
         """A store that does not answer now leaves the lease to its limit; whoever stops a run is not kept waiting."""
         thread = threading.Thread(target=self._drop, daemon=True)
         thread.start()
-        thread.join(PATIENCE_S)
+        self._await(thread)
+
+    def _await(self, thread: threading.Thread) -> None:
+        """Not for long, and not again where it was too long once: a run may hold several leases in one store."""
+        thread.join(0 if self._store.root in _silent else PATIENCE_S)
+        if thread.is_alive():
+            _silent.add(self._store.root)
 
     def _drop(self) -> None:
         with suppress(OSError, VecmillError):

@@ -24,6 +24,8 @@ LISTED_ATTEMPTS = 5
 _FINAL = (FileNotFoundError, FileExistsError, PermissionError, IsADirectoryError, NotADirectoryError)
 _FINAL_ERRNO = {errno.ENOSPC, errno.EROFS, errno.EINVAL, errno.EACCES, errno.ENAMETOOLONG}
 _PASSING_STATUS = {408, 425, 429}
+# Of what was sent and did not come whole, which s3fs tells as a call that is wrong.
+_PASSING_CODES = {"BadDigest", "IncompleteBody", "RequestTimeout", "XAmzContentSHA256Mismatch"}
 _CLIENTS = {"aiohttp", "botocore", "aiobotocore", "urllib3"}
 
 
@@ -38,8 +40,16 @@ def _fault(error: BaseException) -> BaseException:
     return cause if hidden and cause else error
 
 
+def _code(error: BaseException) -> str | None:
+    """Of S3's answer; "400" where a HEAD was refused, whose answer has no body to say why."""
+    response = getattr(error.__cause__, "response", None)
+    return str(response.get("Error", {}).get("Code")) if isinstance(response, dict) else None
+
+
 def _is_transient(error: BaseException) -> bool:
     error = _fault(error)
+    if _code(error) in _PASSING_CODES:
+        return True
     if isinstance(error, _FINAL) or (isinstance(error, OSError) and error.errno in _FINAL_ERRNO):
         return False
     status = getattr(error, "status", None)
@@ -74,6 +84,11 @@ def retrying(call: Callable[[], T], what: str, listed: bool = False) -> T:
             f"{what}: access was refused: {error}", "Check the credentials and what they allow."
         ) from error
     except Exception as error:
+        if _code(error) == "400":
+            raise AccessError(
+                f"{what}: access was refused without a reason (400), as S3 refuses credentials that have expired",
+                "Check the credentials, the endpoint and the region.",
+            ) from error
         is_answer = isinstance(error, _FINAL) and not _is_transient(error)
         if is_answer or not _is_of_storage(error):
             raise

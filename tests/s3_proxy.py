@@ -51,15 +51,16 @@ ANSWERS = {
     "missing": (404, "NoSuchKey", "The specified key does not exist."),
     "refused": (403, "AccessDenied", "Access Denied"),
     "expired": (400, "ExpiredToken", "The provided token has expired."),
+    "incomplete": (400, "IncompleteBody", "You did not provide the number of bytes specified by the header."),
 }
-PASSING = ("slow_down", "error", "reset", "lost", "torn", "short")
+PASSING = ("slow_down", "error", "reset", "lost", "torn", "short", "incomplete")
 
 
 @dataclass
 class Chaos:
     """Spoils a share of the requests, each in one of these ways:
 
-    `slow_down`, `error`, `missing`, `refused`, `expired`: answers so. `reset`: cuts the connection before the store
+    `slow_down`, `error`, `missing`, `refused`, `expired`, `incomplete`: answers so. `reset`: cuts the connection before the store
     sees the request, `lost`: after. `stall`: says nothing for stall_s, and then cuts it. `torn`: half of the body,
     and the connection cut. `short`: half of the body, said to be all of it.
     """
@@ -78,7 +79,7 @@ class Chaos:
         if not self.matches(method, path) or self._random.random() >= self.rate:
             return None
         kind = self._random.choice(self.kinds)
-        if kind in ("torn", "short") and method != "GET":
+        if (kind in ("torn", "short") and method != "GET") or (kind == "incomplete" and method != "PUT"):
             return None
         self.made[kind] += 1
         return kind

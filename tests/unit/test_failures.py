@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import ray
+from ray.core.generated.common_pb2 import ActorDiedErrorContext
 from ray.data.exceptions import ExecutionTimeoutError
 
 from pipelines.contracts import Shard
@@ -18,6 +19,13 @@ Operators still running:
   - Write: 1 active task(s), 0 finished, 0 outputs taken
 If this is expected, ..."""
 PENDING = [Work(Shard(f"{at}-000000000000", f"s3://bucket/{at}.tar", "tar", "v1", 1), ("clip",)) for at in range(5)]
+
+
+def died(class_name: str) -> Exception:
+    """As Ray tells of an actor that is gone for good."""
+    context = ActorDiedErrorContext(error_message="its worker died", class_name=class_name, actor_id=bytes(16))
+    error: Exception = ray.exceptions.ActorDiedError(context)
+    return error
 
 
 def told(error: BaseException) -> VecmillError:
@@ -48,7 +56,9 @@ def test_a_stall_of_a_cluster_without_room_and_a_store_that_is_silent_too() -> N
 @pytest.mark.parametrize(
     ("error", "says"),
     [
-        (ray.exceptions.ActorDiedError(), "encode actor"),
+        (ray.exceptions.ActorDiedError(), "An actor cannot start.*Ray's logs tell more"),
+        (died("MapWorker(MapBatches(Encode))"), "The encode actor cannot start.*encode.batch_size"),
+        (died("MapWorker(MapBatches(Translate))"), "The translate actor cannot start.*translate.batch_size"),
         (ray.exceptions.OutOfDiskError("disk is full"), "object store is full.*disk is full"),
         (ray.exceptions.ObjectStoreFullError("no room"), "object store is full.*no room"),
         (ray.exceptions.WorkerCrashedError(), "process of Ray's died"),
@@ -62,7 +72,7 @@ def test_what_happened_to_rays_processes_is_told(error: Exception, says: str) ->
     for each in (error, wrapped):
         explained = told(each)
         assert isinstance(explained, WorkerError) and explained.fix
-        with pytest.raises(WorkerError, match=says):
+        with pytest.raises(WorkerError, match=f"(?s){says}"):
             raise explained
 
 

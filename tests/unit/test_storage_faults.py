@@ -16,14 +16,14 @@ import s3fs
 from aiohttp import web
 
 from pipelines.config import WriteConfig
-from pipelines.errors import StorageError
+from pipelines.errors import AccessError, StorageError
 from pipelines.lease import held
 from pipelines.ledger import tally
 from pipelines.storage import Store
 from pipelines.verify import problems
 from pipelines.write import EmbeddingSink
 from tests.encoded import ENCODER, FAMILIES, encoded_rows
-from tests.s3_proxy import S3Proxy, Trap
+from tests.s3_proxy import Chaos, S3Proxy, Trap
 
 KEYS = {"key": "testkey", "secret": "testsecret"}
 DATA = np.random.default_rng(0).bytes(3_000_000)
@@ -123,6 +123,24 @@ def test_what_is_known_to_be_there_is_asked_for_again(proxy: S3Proxy) -> None:
     with proxy.set(missing[2]):
         assert tally(store, [ENCODER.name])[2] == 1
     assert list(problems(store)) == [] and all(each.seen > 1 for each in missing)
+
+
+def test_credentials_that_have_expired_are_told_where_the_answer_cannot_say_so(proxy: S3Proxy) -> None:
+    """To a HEAD there is no body; what came is a call that is wrong."""
+    store = behind(proxy)
+    store.put_atomic("a", b"1")
+    proxy.chaos = Chaos(1.0, ("expired",), matches=lambda method, path: method == "HEAD")
+    for call in (lambda: store.stat("a"), lambda: store.open("a", listed=True).read()):
+        with pytest.raises(AccessError, match=r"(?s)access was refused.*expired.*Check the credentials"):
+            call()
+
+
+@pytest.mark.usefixtures("impatient_client")
+def test_what_did_not_come_whole_is_sent_again(proxy: S3Proxy) -> None:
+    store, spoiled = behind(proxy), [True]
+    proxy.chaos = Chaos(1.0, ("incomplete",), matches=lambda method, path: bool(spoiled) and spoiled.pop())
+    store.put_atomic("a", b"1")
+    assert proxy.chaos.made["incomplete"] == 1 and store.read("a") == b"1"
 
 
 def test_an_acknowledgement_that_was_lost_leaves_one_object(proxy: S3Proxy) -> None:
