@@ -92,9 +92,18 @@ COMPACTING: dict[str, MakeTrap] = {
     "while the old ones go": driver_dies("DELETE", r"/embeddings/clip/.*\.0\.parquet$", after=True),
     "between two parts": driver_dies("PUT", r"/embeddings/clip/.*\.1\.parquet$", after=True),
 }
-INDEXING: dict[str, MakeTrap] = {
-    "while an index is filled": driver_dies("PUT", r"/shard-\d+\.npz$", after=True),
-    "after an index's manifest, before `CURRENT` points at it": driver_dies("PUT", "/CURRENT$"),
+SWAPPED = "after `CURRENT` points at it"
+INDEXING: dict[str, dict[str, MakeTrap]] = {
+    "while an index is filled": {
+        "before an index shard": driver_dies("PUT", r"/shard-0001\.faiss$"),
+        "after one is noted": driver_dies("PUT", r"/shard-\d+\.npz$", after=True),
+        "before the manifest": driver_dies("PUT", r"/manifest\.json$"),
+    },
+    "after an index's manifest, before `CURRENT` points at it": {
+        "after the manifest": driver_dies("PUT", r"/manifest\.json$", after=True),
+        "before the swap": driver_dies("PUT", "/CURRENT$"),
+    },
+    SWAPPED: {"after the swap": driver_dies("PUT", "/CURRENT$", after=True)},
 }
 
 
@@ -178,16 +187,17 @@ def test_a_compaction_killed_at_four_steps_ends_like_one_left_alone(rig: Rig) ->
 
 
 @pytest.mark.long
-@pytest.mark.parametrize("row", INDEXING)
-def test_an_index_that_was_killed_is_built_again(rig: Rig, row: str) -> None:
+@pytest.mark.parametrize(("row", "step"), [(row, step) for row, steps in INDEXING.items() for step in steps])
+def test_an_index_that_was_killed_is_built_again(rig: Rig, row: str, step: str) -> None:
     """What was current stays so until the new one is whole."""
     store, home = rig.store("reference"), "index/clip/image"
     command = ["index", rig.recipe("reference"), "--shards", "2", "--force", "--address", rig.address]
     vecmill(*command)
     current = current_version(store, home)
-    status, printed = rig.run("reference", INDEXING[row], command)
+    status, printed = rig.run("reference", INDEXING[row][step], command)
     assert status == -signal.SIGKILL, f"the trap did not spring:\n{printed}"
-    assert current_version(store, home) == current and read_release(store, "clip", "image").version == current
+    assert (current_version(store, home) == current) == (row != SWAPPED)
+    assert read_release(store, "clip", "image").version == current_version(store, home)
     begun = unfinished(store, home)
     vecmill(*command)
     assert not begun or read_release(store, "clip", "image").version in begun, "it goes on with the same version"
