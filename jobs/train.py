@@ -61,9 +61,12 @@ def with_whole_paths(config: TrainConfig) -> TrainConfig:
     def whole(inputs: list[str]) -> list[str]:
         return [item if "://" in item else whole_uri(item) for item in inputs]
 
-    val = config.data.val_input
+    val, output = config.data.val_input, options.output_store_root(config.output)
     data = config.data.model_copy(update={"val_input": whole(val) if val else None})
-    paths = {"input": whole(config.input), "output": options.output_store_root(config.output), "data": data}
+    paths: dict[str, Any] = {"input": whole(config.input), "output": output, "data": data}
+    if config.model.weights_file:
+        # A worker has a working folder of its own.
+        paths["model"] = config.model.model_copy(update={"weights": whole([config.model.weights_file])[0]})
     return config.model_copy(update=paths)
 
 
@@ -148,6 +151,7 @@ class TrainProgress(LiveProgress):
         self._store, self._epochs, self._done = run.store, run.config.optim.epochs, run.done
         self._told = run.done[0]
         self._steps = self._before = 0
+        self._losses = self._loss_sum = self._loss = 0.0
         told = "{task.fields[rate]:.0f} pairs/s, loss {task.fields[loss]:.3f}"
         super().__init__("training", "steps", told, None, rate=0.0, loss=0.0)
 
@@ -168,7 +172,7 @@ class TrainProgress(LiveProgress):
             self._tell_epochs()
         steps, elapsed = int(now.get("steps", 0)), time.monotonic() - self._started
         rate = now.get("rows", 0.0) / elapsed if elapsed else 0.0
-        loss = now.get("loss", 0.0) / max(1.0, now.get("losses", 0.0))
+        loss = self._latest(now.get("losses", 0.0), now.get("loss", 0.0))
         self.show(
             lambda: self._line(steps, rate, elapsed),
             total=self._steps or None,
@@ -176,6 +180,13 @@ class TrainProgress(LiveProgress):
             rate=rate,
             loss=loss,
         )
+
+    def _latest(self, losses: float, total: float) -> float:
+        """The loss of the epoch so far, as last told. losses, total: how many were told in all, and their sum."""
+        if losses > self._losses:
+            self._loss = (total - self._loss_sum) / (losses - self._losses)
+            self._losses, self._loss_sum = losses, total
+        return self._loss
 
     def _line(self, steps: int, rate: float, elapsed: float) -> dict[str, Any]:
         left = max(0, self._steps - self._before - steps) * elapsed / steps if steps else None

@@ -89,7 +89,7 @@ DECODE_BASE_MIB = 384
 """Of a decode task, apart from the pixels of one image: Python and its libraries, tokenizer, a block in and one out."""
 
 
-class DecodeConfig(Section):
+class ImageDecodeConfig(Section):
     max_pixels: int = Field(
         50 * 2**20,
         ge=1,
@@ -97,6 +97,14 @@ class DecodeConfig(Section):
         "more memory; a decode task needs 12 bytes for each and 384 MiB",
     )
     max_aspect: float = Field(50.0, gt=1, description="above this aspect ratio an image is cropped before resizing")
+
+    @property
+    def peak_mib(self) -> int:
+        """Memory that a decode task may take."""
+        return DECODE_BASE_MIB + ceil(self.max_pixels * BYTES_PER_PIXEL / 2**20)
+
+
+class DecodeConfig(ImageDecodeConfig):
     alpha: Literal["reference", "white", "drop"] = Field(
         "reference", description="transparency: as the encoder's own library, on white, or dropped"
     )
@@ -104,11 +112,6 @@ class DecodeConfig(Section):
         "none", description="what is done to captions before they are tokenised: nothing, or as LAVIS does"
     )
     rows_per_block: int = Field(128, ge=1, description="samples decoded into one block")
-
-    @property
-    def peak_mib(self) -> int:
-        """Memory that a decode task may take."""
-        return DECODE_BASE_MIB + ceil(self.max_pixels * BYTES_PER_PIXEL / 2**20)
 
 
 class TranslateConfig(Section):

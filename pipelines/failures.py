@@ -41,11 +41,14 @@ def _is_ours(error: BaseException) -> bool:
     return isinstance(error, VecmillError) and not isinstance(error, ray.exceptions.RayTaskError)
 
 
-def _causes(error: BaseException) -> Iterator[BaseException]:
-    cause: BaseException | None = error
-    while cause is not None:
-        yield cause
-        cause = getattr(cause, "cause", None) or cause.__cause__
+def _causes(error: BaseException | None) -> Iterator[BaseException]:
+    """The error, and what is behind it; behind one of Ray Train's are those of its workers or its controller."""
+    if error is not None:
+        yield error
+        yield from _causes(getattr(error, "cause", None) or error.__cause__)
+        for worker in getattr(error, "worker_failures", {}).values():
+            yield from _causes(worker)
+        yield from _causes(getattr(error, "controller_failure", None))
 
 
 def _explained(

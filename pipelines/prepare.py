@@ -10,7 +10,7 @@ from math import ceil, inf
 from typing import TYPE_CHECKING, Any, cast
 
 from pipelines import sources
-from pipelines.config import EncodeConfig, Precision, RunConfig
+from pipelines.config import ClusterConfig, EncodeConfig, ImageDecodeConfig, Precision, RunConfig
 from pipelines.contracts import MODALITIES, SAMPLES_FAMILY, Modality
 from pipelines.encoders import registry
 from pipelines.encoders.base import EncoderSpec, Target
@@ -283,20 +283,36 @@ def _require_gpus(run: Prepared, cluster: Cluster) -> None:
 
 
 def _require_memory(run: Prepared, cluster: Cluster) -> None:
-    config, task_mib = run.config, run.config.cluster.memory_per_decode_task_mib
-    translating = config.translate.memory_mib * ceil(config.translate.actors / cluster.nodes) if run.translation else 0
-    if task_mib + translating > cluster.node_memory_mib:
-        others = f" beside translation of {translating:,} MiB" if translating else ""
+    translate = run.config.translate
+    translating = translate.memory_mib * ceil(translate.actors / cluster.nodes) if run.translation else 0
+    beside = Beside(translating, "translation", "translate.memory_mib")
+    require_decode_memory(run.config.decode, run.config.cluster, cluster, beside)
+
+
+@dataclass(frozen=True)
+class Beside:
+    """Memory of each node that decode tasks do not get: what takes it, and the setting that says how much."""
+
+    mib: int
+    what: str
+    setting: str
+
+
+def require_decode_memory(decode: ImageDecodeConfig, settings: ClusterConfig, cluster: Cluster, beside: Beside) -> None:
+    """Raises: PreflightError where a decode task fits no node, or an image no decode task."""
+    task_mib = settings.memory_per_decode_task_mib
+    if task_mib + beside.mib > cluster.node_memory_mib:
+        others = f" beside {beside.what} of {beside.mib:,} MiB" if beside.mib else ""
         raise PreflightError(
             f"A decode task of {task_mib:,} MiB{others} fits no node: the largest gives "
             f"{cluster.node_memory_mib:,.0f} MiB",
-            "Lower cluster.memory_per_decode_task_mib" + (" or translate.memory_mib." if translating else "."),
+            "Lower cluster.memory_per_decode_task_mib" + (f" or {beside.setting}." if beside.mib else "."),
         )
-    if config.decode.peak_mib > task_mib:
+    if decode.peak_mib > task_mib:
         raise PreflightError(
-            f"An image of decode.max_pixels = {config.decode.max_pixels:,} can take {config.decode.peak_mib:,} MiB; a "
+            f"An image of decode.max_pixels = {decode.max_pixels:,} can take {decode.peak_mib:,} MiB; a "
             f"decode task has {task_mib:,} MiB",
-            f"Set cluster.memory_per_decode_task_mib to {config.decode.peak_mib} or more, or lower decode.max_pixels.",
+            f"Set cluster.memory_per_decode_task_mib to {decode.peak_mib} or more, or lower decode.max_pixels.",
         )
 
 

@@ -17,7 +17,7 @@ from pipelines.config import InputConfig
 from pipelines.ledger import Work
 from pipelines.read import ShardSource
 from pipelines.sources.split import SplitConfig, split_of
-from pipelines.stats import planned
+from pipelines.stats import failing_plainly, planned
 from pipelines.storage import Store, scratch_folder
 from pipelines.training.examples import value_of
 
@@ -44,18 +44,19 @@ class Assign:
 def write_split(config: InputConfig, shares: SplitConfig, store: Store, path: str) -> Counter[str | None]:
     """Puts a Parquet file of SPLIT, in the order of the input, and tells how many samples each split has.
 
-    Ray must be connected. Memory: some blocks. Raises: InputError.
+    Ray must be connected. Memory: some blocks. Raises: InputError, StorageError, WorkerError.
     """
     DataContext.get_current().execution_options.preserve_order = True
     everywhere, shards = Store(options=config.storage), planned(config)
-    source = ShardSource([Work(shard, ("split",)) for shard in shards], config.read, everywhere)
+    pending = [Work(shard, ("split",)) for shard in shards]
+    source = ShardSource(pending, config.read, everywhere)
     rows = ray.data.read_datasource(source, override_num_blocks=len(shards)).map_batches(
         Assign(shares), batch_format="pyarrow", batch_size=None
     )
     counts: Counter[str | None] = Counter()
     with scratch_folder() as folder:
         file = Path(folder) / "split.parquet"
-        with pq.ParquetWriter(file, SPLIT) as writer:
+        with failing_plainly(pending), pq.ParquetWriter(file, SPLIT) as writer:
             for table in rows.iter_batches(batch_size=None, batch_format="pyarrow"):
                 counts.update(table.column("split").to_pylist())
                 writer.write_table(table.cast(SPLIT))

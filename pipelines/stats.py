@@ -10,6 +10,7 @@ import io
 import json
 from collections import Counter
 from collections.abc import Iterable
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from math import sqrt
 from typing import Any
@@ -20,6 +21,7 @@ import ray.data
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
+from ray.data import DataContext
 
 from pipelines import sources
 from pipelines.config import DecodeConfig, InputConfig
@@ -27,6 +29,7 @@ from pipelines.contracts import Reject, Shard
 from pipelines.decode import open_image
 from pipelines.encoders.matcher_text import words_of
 from pipelines.encoders.pixels import prepared
+from pipelines.failures import plain_errors
 from pipelines.ledger import Work
 from pipelines.read import ShardSource
 from pipelines.storage import Store
@@ -159,14 +162,21 @@ class Measure:
 
 
 def measure(config: InputConfig, identity: str | None) -> Stats:
-    """Of everything in the inputs. Ray must be connected. Raises: InputError."""
+    """Of everything in the inputs. Ray must be connected. Raises: InputError, StorageError, WorkerError."""
     store, decode = Store(options=config.storage), DecodeConfig()
     shards = planned(config)
-    source = ShardSource([Work(shard, ("stats",)) for shard in shards], config.read, store)
+    pending = [Work(shard, ("stats",)) for shard in shards]
+    source = ShardSource(pending, config.read, store)
     rows = ray.data.read_datasource(source, override_num_blocks=len(shards)).map_batches(
         Measure(decode, identity), batch_format="pyarrow", batch_size=None, memory=decode.peak_mib * 2**20
     )
-    return added(row["stats"] for row in rows.iter_rows())
+    with failing_plainly(pending):
+        return added(row["stats"] for row in rows.iter_rows())
+
+
+def failing_plainly(pending: list[Work]) -> AbstractContextManager[None]:
+    """For what reads the input through and writes nothing until then. pending: all of it."""
+    return plain_errors(int(DataContext.get_current().execution_no_progress_timeout_s), lambda: pending)
 
 
 def planned(config: InputConfig) -> list[Shard]:

@@ -17,7 +17,7 @@ from pipelines.training.examples import pixels_in
 
 @dataclass(frozen=True)
 class Pair:
-    """pixels: uint8 [height, width, 3]. identity: as EXAMPLE has it."""
+    """pixels: uint8 [height, width, 3], which the pairs of one image share. identity: as EXAMPLE has it."""
 
     pixels: NDArray[np.uint8]
     caption: str
@@ -32,7 +32,9 @@ def pairs(
         columns = (table.column(name).to_pylist() for name in ("key", "identity", "captions"))
         for image, key, identity, texts in zip(pixels_in(table, size), *columns, strict=True):
             taken = texts if captions == "each" else [texts[(_number(key) + epoch) % len(texts)]]
-            yield from (Pair(image, text, identity) for text in taken)
+            # Its own: a view of one image, held for long, would hold all of its table.
+            own = image.copy()
+            yield from (Pair(own, text, identity) for text in taken)
 
 
 def shuffled(stream: Iterable[Pair], buffer: int, rng: Random) -> Iterator[Pair]:
@@ -49,8 +51,11 @@ def shuffled(stream: Iterable[Pair], buffer: int, rng: Random) -> Iterator[Pair]
     yield from held
 
 
-def batches(stream: Iterable[Pair], size: int) -> Iterator[list[Pair]]:
-    """Of `size` pairs each; what is left over at the end only where there is nothing else."""
+def batches(stream: Iterable[Pair], size: int, whole_alone: bool = False) -> Iterator[list[Pair]]:
+    """Of `size` pairs each; what is left over at the end only where there is nothing else.
+
+    whole_alone: nor then, for the batches of workers must be alike.
+    """
     batch: list[Pair] = []
     whole = False
     for pair in stream:
@@ -58,7 +63,7 @@ def batches(stream: Iterable[Pair], size: int) -> Iterator[list[Pair]]:
         if len(batch) == size:
             yield batch
             batch, whole = [], True
-    if len(batch) > 1 and not whole:
+    if len(batch) > 1 and not whole and not whole_alone:
         yield batch
 
 

@@ -1,7 +1,7 @@
 """What training is shown: samples of the sources, their images decoded once as the matcher's encoder would.
 
-A row of EXAMPLE is an image with all its captions. Samples without an image that can be read, without a caption, or
-without the identity that matching goes by, are left out and counted.
+A row of EXAMPLE is an image with all its captions. Samples without an image, a caption, or the identity that matching
+goes by are left out; so are those whose image cannot be read, which are counted.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
-from pipelines.config import DecodeConfig
+from pipelines.config import ImageDecodeConfig
 from pipelines.contracts import Reject
 from pipelines.decode import open_image
 from pipelines.encoders.base import ImageTransform
@@ -72,7 +72,7 @@ class Examples:
     """SAMPLE to EXAMPLE, a map operator. transform: None leaves pixels out, and images unread."""
 
     part: Part
-    decode: DecodeConfig
+    decode: ImageDecodeConfig
     transform: ImageTransform | None
     observe: Observe
 

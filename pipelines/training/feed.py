@@ -42,7 +42,8 @@ class Feed:
         stream = pairs(self._place.tables("train", READ_ROWS), self._size, data.captions, epoch)
         if data.shuffle > 1:
             stream = shuffled(stream, data.shuffle, Random(f"{seed} {epoch} {self._place.rank}"))
-        return batches(stream, self._config.optim.batch_size // self._place.workers)
+        workers = self._place.workers
+        return batches(stream, self._config.optim.batch_size // workers, whole_alone=workers > 1)
 
     def _agreed(self, mine: Iterable[list[Pair]]) -> Iterator[list[Pair]]:
         """A step is of all workers. What one has left is read to its end."""

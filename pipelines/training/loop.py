@@ -124,6 +124,8 @@ class Worker:
             torch.manual_seed(hashed(f"{self.optim.seed} {self.position} {self.place.rank}"))
         else:
             self.place.set_draws(state["draws"])
+            if not self.tally.steps:
+                self._put_results()
 
     def _state(self) -> dict[str, Any]:
         return {
@@ -184,6 +186,11 @@ class Worker:
         rate = self.optimiser.param_groups[0]["lr"]
         told = {"epoch": self.epoch, "seconds": tally.seconds, "steps": tally.steps, "pairs": tally.pairs, "lr": rate}
         told |= tally.means()
+        if "loss" not in told:
+            raise VecmillError(
+                f"In epoch {self.epoch} no step had a finite loss",
+                "Lower optim.lr, set optim.clip_norm, or set optim.precision to fp32, and start with another output.",
+            )
         if self.config.evaluates and (self.epoch % self.config.stop.every == 0 or self._is_last()):
             size, most = self.task.matcher.image_size, self.config.data.val_images
             told |= validate(self.evaluated, size, most, self.feed, self.place)
@@ -234,7 +241,7 @@ class Worker:
         first, tally = self.place.rank == 0, self.tally
         self.task.observe(stage="train", rows=pairs, steps=int(first))
         if first and tally.steps % TOLD_EVERY == 0:
-            self.task.observe(stage="train", losses=1, loss=float(tally.totals["loss"]) / tally.steps)
+            self.task.observe(stage="train", losses=1, loss=tally.means().get("loss", 0.0))
 
     # -- what is kept, by the first worker -------------------------------------------------------
 
@@ -244,14 +251,20 @@ class Worker:
             save_checkpoint(self.task.store, self.position, self._state())
 
     def _keep(self) -> None:
-        """The checkpoint last: a run that dies before it does the epoch again, and writes all again."""
+        """The checkpoint first: a run that dies after it puts the rest again from it. An epoch that is done again may
+        end with other weights, and the model would not be of the metrics."""
         if self.place.rank == 0:
-            store, at = self.task.store, best(self.history, self.config.stop)
-            if at == len(self.history) - 1:
-                model, vocabulary = self.config.model, self.task.survey.vocabulary
-                save_model(store, self.evaluated, self.task.matcher, vocabulary, model.dtype)
-            finished = self._is_last() or self._exhausted()
-            told = {"finished": finished, "best_epoch": self.history[at]["epoch"], "epochs": self.history}
-            store.put_atomic(METRICS, json.dumps(told, indent=2).encode())
-            save_checkpoint(store, self.position, self._state())
+            save_checkpoint(self.task.store, self.position, self._state())
+            self._put_results()
             self.task.observe(stage="train", epochs=1)
+
+    def _put_results(self) -> None:
+        """At an epoch's end: the model, where none was better, and then the metrics, which say whether it was the
+        last."""
+        store, at = self.task.store, best(self.history, self.config.stop)
+        if at == len(self.history) - 1:
+            model, vocabulary = self.config.model, self.task.survey.vocabulary
+            save_model(store, self.evaluated, self.task.matcher, vocabulary, model.dtype)
+        finished = self._is_last() or self._exhausted()
+        told = {"finished": finished, "best_epoch": self.history[at]["epoch"], "epochs": self.history}
+        store.put_atomic(METRICS, json.dumps(told, indent=2).encode())

@@ -30,7 +30,7 @@ def _factor(step: int, steps: int, steps_per_epoch: int, optim: OptimConfig) -> 
     if optim.schedule == "cosine":
         return (1 + cos(pi * min(1.0, (step - warmup) / max(1, steps - warmup)))) / 2
     if optim.schedule == "step":
-        return float(optim.step_factor ** ((step - warmup) // round(optim.step_epochs * steps_per_epoch)))
+        return float(optim.step_factor ** ((step - warmup) // max(1, round(optim.step_epochs * steps_per_epoch))))
     return 1.0
 
 

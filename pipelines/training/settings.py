@@ -1,10 +1,12 @@
 """A training run's settings: what `vecmill train RECIPE` reads, validated as those of `embed` are.
 
-The defaults are the recipe of Zhang and Lu, ECCV 2018, for CUHK-PEDES with MobileNet.
+The defaults are the recipe of Zhang and Lu, ECCV 2018, for CUHK-PEDES with MobileNet, but for the weights that the
+image tower starts from: theirs are ImageNet's (model.weights: timm), and the default is random ones.
 """
 
 from __future__ import annotations
 
+from math import ceil
 from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator, Field, NonNegativeFloat, PositiveInt, model_validator
@@ -12,7 +14,7 @@ from pydantic import BeforeValidator, Field, NonNegativeFloat, PositiveInt, mode
 from pipelines.config import (
     Auto,
     ClusterConfig,
-    DecodeConfig,
+    ImageDecodeConfig,
     Precision,
     ReadConfig,
     Section,
@@ -58,7 +60,11 @@ class DataConfig(Section):
 class ModelConfig(Section):
     image_tower: str = Field("mobilenetv1", description="mobilenetv1, resnet50, resnet152, or a timm name")
     image_arguments: dict[str, Any] = Field({}, description="arguments of timm's create_model")
-    weights: str | None = Field(None, description="what the image tower starts from: timm (its own), or a file")
+    weights: str | None = Field(
+        None,
+        description="what the image tower starts from: timm (its own), or a local file that every node sees; random "
+        "weights where unset",
+    )
     embed_dim: int = Field(512, ge=1)
     lstm_hidden: int = Field(512, ge=1, description="units of each direction")
     word_dim: int = Field(512, ge=1)
@@ -69,6 +75,10 @@ class ModelConfig(Section):
     std: Triple = (0.5, 0.5, 0.5)
     dropout: float = Field(0.3, ge=0, lt=1, description="of words and of the LSTM's outputs")
     dtype: Literal["float32", "float16"] = Field("float32", description="of the weights in the model's folder")
+
+    @property
+    def weights_file(self) -> str | None:
+        return None if self.weights == "timm" else self.weights
 
     @property
     def tower(self) -> str:
@@ -139,7 +149,7 @@ class TrainConfig(Section):
     output: str = Field(min_length=1)
     format: Literal["auto", "tar", "parquet", "folder", "manifest"] = "auto"
     read: ReadConfig = ReadConfig()
-    decode: DecodeConfig = DecodeConfig()
+    decode: ImageDecodeConfig = ImageDecodeConfig()
     data: DataConfig = DataConfig()
     model: ModelConfig = ModelConfig()
     loss: LossConfig = LossConfig()
@@ -155,9 +165,17 @@ class TrainConfig(Section):
         ways = {"data.val": self.data.val, "data.val_input": self.data.val_input, "data.split": self.data.split}
         if len(given := [name for name, value in ways.items() if value]) > 1:
             raise ValueError(f"{' and '.join(given)} both say what is evaluated on: give one")
+        if self.data.val and not self.data.train:
+            raise ValueError("data.val without data.train would train on what is evaluated on: give both")
         if self.stop.patience and not any(ways.values()):
             raise ValueError("stop.patience needs samples to evaluate on: data.val, data.val_input or data.split")
         return self
+
+    @property
+    def shuffled_mib(self) -> int:
+        """Memory of a worker's images that the next pair is drawn from."""
+        height, width = self.model.image_size
+        return ceil(self.data.shuffle * height * width * 3 / 2**20)
 
     @property
     def evaluates(self) -> bool:

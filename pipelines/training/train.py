@@ -12,6 +12,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from math import ceil
 from pathlib import Path
 from typing import Any
 
@@ -20,21 +21,23 @@ import ray
 import ray.data
 import ray.train
 import ray.train.torch
+import torch
 from ray.data import DataContext, ExecutionOptions
 from ray.train import DataConfig as SplitBetweenWorkers
 from ray.train import FailureConfig, RunConfig, ScalingConfig
-from ray.train.torch import TorchTrainer
+from torch import nn
 
 from pipelines import sources
 from pipelines.contracts import Shard
 from pipelines.encoders.matcher import image_transform
-from pipelines.errors import InputError, PreflightError
+from pipelines.encoders.matcher_model import Matcher, image_tower
+from pipelines.errors import ConfigError, InputError, PreflightError
 from pipelines.failures import plain_errors
 from pipelines.lease import Say, held
 from pipelines.ledger import Work
 from pipelines.meter import OnProgress, RemoteObserve, reading, reporting, start_meter
 from pipelines.observe import Observe, nowhere
-from pipelines.prepare import Cluster, require_output
+from pipelines.prepare import Beside, Cluster, require_decode_memory, require_output
 from pipelines.read import ShardSource
 from pipelines.record import differences
 from pipelines.secrets import masked_values
@@ -44,8 +47,9 @@ from pipelines.training.curves import draw_curves
 from pipelines.training.examples import Examples, Part
 from pipelines.training.loop import Task, Worker, matcher_config
 from pipelines.training.place import Place
-from pipelines.training.settings import TrainConfig
-from pipelines.training.survey import Count, Survey, add_up
+from pipelines.training.settings import ModelConfig, TrainConfig
+from pipelines.training.survey import SIGNS, Count, Survey, add_up
+from pipelines.training.trainer import Trainer
 
 CURVES = "curves.png"
 _MAY_CHANGE = {"output", "checkpoint", "workers", "cluster", "storage"}
@@ -79,18 +83,49 @@ class TrainRun:
 
 
 def prepare_training(config: TrainConfig, cluster: Cluster) -> TrainRun:
-    """Reads, and changes nothing. Raises: ConfigError, InputError, PreflightError."""
-    config = resolved(config, cluster)
+    """Reads, and changes nothing. Raises: ConfigError, InputError, PreflightError, EncoderError."""
     store, data = Store(config.output, config.storage), config.data
+    before = _recorded(store)
+    config = resolved(_as_recorded(config, before), cluster)
+    done = max(checkpoints(store), default=(0, 0))
+    if not any(done):
+        require_tower(config.model)
     shards = _shards(config.input, config)
     others = data.val_input or ([] if not config.evaluates else config.input)
     val_shards = shards if others == config.input else _shards(others, config) if others else []
     settings = masked_values(config.model_dump(mode="json", exclude=_MAY_CHANGE))
     versions = {shard.id: shard.version for shard in {*shards, *val_shards}}
     record = {"settings": settings, "shards": versions}
-    _require_same(store, record)
+    if before is not None:
+        _require_same(store, before, record)
     finished = bool(read_history(store).get("finished"))
-    return TrainRun(config, store, shards, val_shards, record, max(checkpoints(store), default=(0, 0)), finished)
+    return TrainRun(config, store, shards, val_shards, record, done, finished)
+
+
+def require_tower(model: ModelConfig) -> None:
+    """The image tower is built here first, without memory for its weights, or with those that a file has.
+
+    Raises: ConfigError where there is no such file, or none of its weights is the tower's; EncoderError for what timm
+    cannot build or gives no one vector.
+    """
+    file = model.weights_file
+    if file and not Path(file).is_file():
+        raise ConfigError(f"model.weights = {file}: there is no such file", "Name a local one, which every node sees.")
+    with torch.device("cpu" if file else "meta"):
+        tower = image_tower(model.tower, model.image_arguments, file)
+        Matcher(matcher_config(model, 0), len(SIGNS), backbone=tower)
+        if file and not _alike(tower, image_tower(model.tower, model.image_arguments, file)):
+            raise ConfigError(
+                f"model.weights = {file}: {model.tower} has no weights of these names",
+                "Give a state dict as timm's model of this name has it.",
+            )
+
+
+def _alike(tower: nn.Module, again: nn.Module) -> bool:
+    """Whether two that were built one after the other share a weight that is not constant: timm says nothing where a
+    file lacks one, and leaves it random."""
+    both = zip(tower.parameters(), again.parameters(), strict=True)
+    return any(torch.equal(one, other) and bool(one.std() > 0) for one, other in both if one.numel() > 1)
 
 
 def _shards(inputs: list[str], config: TrainConfig) -> list[Shard]:
@@ -99,40 +134,74 @@ def _shards(inputs: list[str], config: TrainConfig) -> list[Shard]:
 
 def resolved(config: TrainConfig, cluster: Cluster) -> TrainConfig:
     """The same settings without "auto". Raises: PreflightError for what would leave the run waiting for ever."""
-    workers = config.workers
+    workers, optim = config.workers, config.optim
     gpus = workers.gpus_per_worker
     gpus = (1.0 if cluster.gpus else 0.0) if gpus == "auto" else gpus
-    count = int(workers.workers) if workers.workers != "auto" else max(1, int(cluster.gpus // gpus)) if gpus else 1
-    threads = workers.threads if workers.threads != "auto" else max(1, int(cluster.node_cpus * cluster.nodes // count))
-    needed = count * workers.cpus_per_worker + config.cluster.spare_cpus
-    if needed > cluster.cpus or count * gpus > cluster.gpus:
-        raise PreflightError(
-            f"{count} workers of {workers.cpus_per_worker:g} CPUs and {gpus:g} GPUs, and {config.cluster.spare_cpus:g} "
-            f"CPUs to spare for reading and decoding, need {needed:g} and {count * gpus:g}; the cluster has "
-            f"{cluster.cpus:g} and {cluster.gpus:g}",
-            "Lower workers.workers, workers.cpus_per_worker or workers.gpus_per_worker.",
-        )
-    if config.optim.batch_size % count or config.optim.batch_size // count < 2:
-        raise PreflightError(
-            f"optim.batch_size = {config.optim.batch_size} cannot be shared out among {count} workers",
-            f"Take a multiple of {count}, of 2 pairs a worker at least.",
-        )
-    precision = config.optim.precision if config.optim.precision != "auto" else "bf16" if gpus else "fp32"
-    resolved_workers = {"workers": count, "gpus_per_worker": gpus, "threads": threads}
-    return config.model_copy(
+    room = max(1, int(cluster.gpus // gpus)) if gpus else 1
+    count = int(workers.workers) if workers.workers != "auto" else _most_workers(optim.batch_size, room)
+    threads = workers.threads
+    if threads == "auto":
+        threads = max(1, int(cluster.node_cpus) // ceil(count / cluster.nodes))
+    precision = optim.precision if optim.precision != "auto" else "bf16" if gpus else "fp32"
+    chosen = {"workers": count, "gpus_per_worker": gpus, "threads": threads}
+    config = config.model_copy(
         update={
-            "workers": workers.model_copy(update=resolved_workers),
-            "optim": config.optim.model_copy(update={"precision": precision}),
+            "workers": workers.model_copy(update=chosen),
+            "optim": optim.model_copy(update={"precision": precision}),
         }
     )
+    _require_workers(config, cluster)
+    beside_mib = config.shuffled_mib * ceil(count / cluster.nodes)
+    require_decode_memory(config.decode, config.cluster, cluster, Beside(beside_mib, "shuffling", "data.shuffle"))
+    return config
 
 
-def _require_same(store: Store, record: dict[str, Any]) -> None:
-    """Raises: PreflightError that shows how this run differs from the one that the output has."""
+def _most_workers(batch_size: int, room: int) -> int:
+    """That share out a batch, of which each gets two pairs at least."""
+    return max(count for count in range(1, min(room, batch_size // 2) + 1) if batch_size % count == 0)
+
+
+def _require_workers(config: TrainConfig, cluster: Cluster) -> None:
+    workers, spare, batch_size = config.workers, config.cluster.spare_cpus, config.optim.batch_size
+    count, cpus, gpus = int(workers.workers), workers.cpus_per_worker, float(workers.gpus_per_worker)
+    if count * cpus + spare > cluster.cpus or count * gpus > cluster.gpus:
+        raise PreflightError(
+            f"{count} workers of {cpus:g} CPUs and {gpus:g} GPUs, and {spare:g} CPUs to spare for reading and "
+            f"decoding, need {count * cpus + spare:g} and {count * gpus:g}; the cluster has {cluster.cpus:g} and "
+            f"{cluster.gpus:g}",
+            "Lower workers.workers, workers.cpus_per_worker or workers.gpus_per_worker.",
+        )
+    if gpus > cluster.node_gpus or cpus > cluster.node_cpus:
+        raise PreflightError(
+            f"A worker of {gpus:g} GPUs and {cpus:g} CPUs fits no node: the largest has {cluster.node_gpus:g} and "
+            f"{cluster.node_cpus:g}",
+            "Lower workers.gpus_per_worker or workers.cpus_per_worker.",
+        )
+    if batch_size % count or batch_size // count < 2:
+        raise PreflightError(
+            f"optim.batch_size = {batch_size} cannot be shared out among {count} workers",
+            f"Take a multiple of {count}, of 2 pairs a worker at least.",
+        )
+
+
+def _recorded(store: Store) -> dict[str, Any] | None:
+    """What the output's run was started with."""
     try:
-        before = json.loads(store.read(RECORD))
+        return dict(json.loads(store.read(RECORD)))
     except FileNotFoundError:
-        return
+        return None
+
+
+def _as_recorded(config: TrainConfig, before: dict[str, Any] | None) -> TrainConfig:
+    """With the recorded precision, where it is left open: a cluster of other devices goes on as the run began."""
+    if before is None or config.optim.precision != "auto":
+        return config
+    precision = before["settings"]["optim"]["precision"]
+    return config.model_copy(update={"optim": config.optim.model_copy(update={"precision": precision})})
+
+
+def _require_same(store: Store, before: dict[str, Any], record: dict[str, Any]) -> None:
+    """Raises: PreflightError that shows how this run differs from the one that the output has."""
     if changed := differences(before, json.loads(json.dumps(record))):
         shown = "\n  ".join(changed[:12])
         raise PreflightError(
@@ -180,12 +249,16 @@ def draw(store: Store) -> dict[str, Any]:
 def survey(run: TrainRun, say: Say) -> Survey:
     """As an earlier attempt recorded it, else by reading the samples through, their images left alone.
 
-    Raises: InputError where there is nothing to train on.
+    Raises: InputError where there is nothing to train on, or to evaluate on.
     """
     try:
         return Survey.parse(run.store.read(SURVEY))
     except FileNotFoundError:
-        say("Reading the training samples through, for their words and identities")
+        say(
+            f"Reading all {len(run.shards):,} shards through once, for the words and identities of what is trained on; "
+            "it shows no progress"
+        )
+    require_evaluated(run)
     rows = examples(run.shards, run.train_part, run.config, nowhere, pixels=False)
     counts = rows.map_batches(Count(bool(run.config.loss.cmpc)), batch_format="pyarrow", batch_size=None)
     found = add_up((row["counts"] for row in counts.iter_rows()), run.config.model.vocab_size)
@@ -196,6 +269,16 @@ def survey(run: TrainRun, say: Say) -> Survey:
         )
     run.store.put_atomic(SURVEY, found.json().encode())
     return found
+
+
+def require_evaluated(run: TrainRun) -> None:
+    """Reads no further than the first sample. Raises: InputError where there is none."""
+    if run.val_shards and not examples(run.val_shards, run.val_part, run.config, nowhere, pixels=False).take(1):
+        raise InputError(
+            f"{', '.join(run.config.data.val_input or run.config.input)}: no sample to evaluate on",
+            "Each needs an image, a caption and, by data.identity, its "
+            f"{run.config.data.identity}; see data.val, data.val_input and data.split.",
+        )
 
 
 def examples(shards: list[Shard], part: Part, config: TrainConfig, observe: Observe, pixels: bool = True) -> Any:
@@ -225,12 +308,15 @@ def configure(config: TrainConfig) -> None:
     context.enable_progress_bars = False
     context.execution_options.preserve_order = True
     context.execution_options.verbose_progress = False
+    context.execution_no_progress_timeout_s = config.cluster.no_progress_timeout_s
 
 
 def work(told: dict[str, Any]) -> None:
     """The function of each worker that Ray Train starts. told: its Task under `task`."""
-    for figures in Worker(told["task"], place()).run():
-        ray.train.report(figures)
+    task: Task = told["task"]
+    with plain_errors(task.config.cluster.no_progress_timeout_s, lambda: []):
+        for figures in Worker(task, place()).run():
+            ray.train.report(figures)
 
 
 def place() -> Place:
@@ -244,14 +330,21 @@ def _tables(name: str, rows: int) -> Iterable[pa.Table]:
 
 
 def fit(run: TrainRun, task: Task, work: Callable[[dict[str, Any]], None] = work) -> None:
-    """Raises what a worker raises, when it has failed config.workers.failures times more."""
+    """Workers that died are started again, config.workers.failures times.
+
+    Raises: Ray's own error, with those of the workers.
+    """
     workers = run.config.workers
     data = {"train": examples(run.shards, run.train_part, run.config, task.observe)}
     if run.val_shards:
         data["val"] = examples(run.val_shards, run.val_part, run.config, task.observe)
-    resources = {"CPU": workers.cpus_per_worker, "GPU": float(workers.gpus_per_worker)}
+    resources = {
+        "CPU": workers.cpus_per_worker,
+        "GPU": float(workers.gpus_per_worker),
+        "memory": run.config.shuffled_mib * 2**20,
+    }
     with scratch_folder() as folder:
-        trainer = TorchTrainer(
+        trainer = Trainer(
             work,
             train_loop_config={"task": task},
             datasets=data,

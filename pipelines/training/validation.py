@@ -67,7 +67,8 @@ def _embedded(matcher: Matcher, size: tuple[int, int], most: int, feed: Feed, pl
 
 
 def _own(most: int, place: Place) -> Iterator[pa.Table]:
-    """Every worker reads all, in one order, and takes turns: no sample is doubled or left out."""
+    """Every worker reads all, in one order, and takes turns: no sample is doubled or left out. Each image is decoded
+    once for each worker, unless data.cache keeps it."""
     left = most
     for number, table in enumerate(place.tables("val", AT_ONCE)):
         if left <= 0:

@@ -30,6 +30,8 @@ DATA = os.environ.get("VECMILL_TEST_DATA")
 pytestmark = pytest.mark.timeout(2 * TIMEOUT_S)
 
 SCENES, EPOCHS = 120, 3
+# Ten seconds are promised, and as many more given to a busy machine.
+STOP_S = 20
 RECIPE: dict[str, Any] = {
     "data": {"flip": False, "split": {"train": 0.8, "val": 0.2, "test": 0.0}},
     "model": {
@@ -108,6 +110,38 @@ def test_a_run_in_a_bucket_that_was_killed_goes_on_to_the_same_metrics_and_weigh
     assert epochs(store) == epochs(Store(str(straight)))
     assert store.read("model/model.safetensors") == (straight / "model" / "model.safetensors").read_bytes()
     assert store.read("curves.png").startswith(b"\x89PNG") and len(checkpoints(store)) == 2
+
+
+def test_a_run_that_is_stopped_says_so_and_can_go_on(shards: Path) -> None:
+    """With a Ray of its own: the signal is the terminal's, to all of its processes."""
+    store = Store(str(shards.parent / "stopped"))
+    more = {"checkpoint": {"every_steps": 2}, "optim": {**RECIPE["optim"], "epochs": 1000}}
+    recipe = write_recipe(shards.parent / "stopped.yaml", shards, Path(store.root), **more)
+    run, deadline = Command(["train", recipe], alone=True), time.monotonic() + TIMEOUT_S
+    while not checkpoints(store):
+        assert run.is_running and time.monotonic() < deadline
+        time.sleep(0.05)
+    os.killpg(run.pid, signal.SIGINT)
+    status, printed = run.wait(STOP_S)
+    assert status == 128 + signal.SIGINT, printed
+    assert "run the same command to go on" in printed and "Traceback" not in printed
+    assert store.names("leases") == []
+
+
+def test_what_a_worker_finds_wrong_is_told_at_once(shards: Path, ray_local: str) -> None:
+    """Images of more pixels than decode.max_pixels cannot be read, so that there is nothing to train with."""
+    output = shards.parent / "unread"
+    recipe = write_recipe(shards.parent / "unread.yaml", shards, output, decode={"max_pixels": 1})
+    printed = vecmill("train", recipe, "--address", ray_local, status=1)
+    assert "Epoch 1 had no batch" in printed and "Traceback" not in printed
+
+
+def test_a_part_to_evaluate_on_that_is_empty_is_refused_before_the_first_step(shards: Path, ray_local: str) -> None:
+    output = shards.parent / "none"
+    data = {"split": {"train": 1.0, "val": 0.0, "test": 0.0}}
+    recipe = write_recipe(shards.parent / "none.yaml", shards, output, data=data)
+    assert "no sample to evaluate on" in vecmill("train", recipe, "--address", ray_local, status=2)
+    assert not (output / "survey.json").exists()
 
 
 def test_a_finished_run_does_nothing_and_another_recipe_is_refused(

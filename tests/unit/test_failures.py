@@ -6,6 +6,7 @@ import pytest
 import ray
 from ray.core.generated.common_pb2 import ActorDiedErrorContext
 from ray.data.exceptions import ExecutionTimeoutError
+from ray.train.v2.api.exceptions import ControllerError, WorkerGroupError
 
 from pipelines.contracts import Shard
 from pipelines.errors import StalledError, StorageError, VecmillError, WorkerError
@@ -88,6 +89,21 @@ def test_a_task_that_finds_the_store_full_tells_why_without_its_traceback() -> N
     cause = ray.exceptions.OutOfDiskError("Local disk is full")
     wrapped = ray.exceptions.RayTaskError("read", "Traceback: ...", cause).as_instanceof_cause()
     assert told(wrapped).what.endswith("the disk that it spills to: Local disk is full")
+
+
+@pytest.mark.parametrize("by_a_task", [False, True])
+@pytest.mark.parametrize("by_the_controller", [False, True])
+def test_of_a_training_run_the_workers_own_error_is_told(by_a_task: bool, by_the_controller: bool) -> None:
+    error = own = StorageError("Cannot read s3://bucket/in", "Look.")
+    if by_a_task:
+        error = ray.exceptions.RayTaskError("read", "Traceback: ...", own).as_instanceof_cause()
+    failures = {1: ConnectionError("by the other"), 0: error}
+    assert told(ControllerError(error) if by_the_controller else WorkerGroupError("Traceback: ...", failures)) is own
+
+
+def test_what_is_no_error_of_ours_in_a_training_run_stays_rays() -> None:
+    with pytest.raises(WorkerGroupError), plain_errors(60, lambda: PENDING):
+        raise WorkerGroupError("Traceback: ...", {0: ZeroDivisionError()})
 
 
 def test_what_nobody_knows_stays_as_it_is() -> None:

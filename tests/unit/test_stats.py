@@ -3,16 +3,23 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
 import pytest
+import ray
+import ray.data
 
-from pipelines.config import DecodeConfig
+from pipelines.config import DecodeConfig, InputConfig
 from pipelines.contracts import SAMPLE
+from pipelines.errors import StorageError
 from pipelines.sources.split import SplitConfig, split_of
-from pipelines.splits import Assign
-from pipelines.stats import Measure, added, draw
+from pipelines.splits import Assign, write_split
+from pipelines.stats import Measure, added, draw, measure
+from pipelines.storage import Store
 from tests.unit.encoders.inputs import encoded, picture
 
 IMAGES = [picture(20 + 3 * at, 30 - at, at) for at in range(9)]
@@ -55,3 +62,27 @@ def test_every_sample_is_assigned_by_its_group() -> None:
     assert [row["row"] for row in rows] == list(range(10))
     assert rows[-1]["group"] is None and rows[-1]["split"] is None
     assert [row["split"] for row in rows[:9]] == [split_of(str(at // 4), shares) for at in range(9)]
+
+
+class Silent:
+    """A data set whose store fails: what Ray makes of that."""
+
+    def map_batches(self, *_: Any, **__: Any) -> Silent:
+        return self
+
+    def iter_rows(self, **_: Any) -> Iterator[Any]:
+        failed = StorageError("Cannot read s3://bucket/in", "Look.")
+        raise ray.exceptions.RayTaskError("read", "Traceback: ...", failed).as_instanceof_cause()
+
+    iter_batches = iter_rows
+
+
+def test_storage_that_fails_is_told_plainly(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "shard.tar").write_bytes(b"unread")
+    config = InputConfig(input=[str(tmp_path / "shard.tar")])
+    monkeypatch.setattr(ray.data, "read_datasource", lambda *_, **__: Silent())
+    store = Store(str(tmp_path))
+    for verb in (lambda: measure(config, None), lambda: write_split(config, SplitConfig(), store, "split.parquet")):
+        with pytest.raises(StorageError, match=r"^Cannot read s3://bucket/in\n  Look.$"):
+            verb()
+    assert not (tmp_path / "split.parquet").exists()

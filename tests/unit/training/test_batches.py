@@ -54,6 +54,12 @@ def test_each_caption_comes_once_with_its_image() -> None:
         assert np.array_equal(pair.pixels, images[f"k{at}"]) and pair.identity == f"i{at % 4}"
 
 
+def test_a_pair_holds_its_own_image_alone_which_an_images_captions_share() -> None:
+    found = list(pairs([examples()], SIZE, "each", 0))
+    assert all(pair.pixels.base is None and pair.pixels.flags.owndata for pair in found)
+    assert len({id(pair.pixels) for pair in found}) == 10
+
+
 def test_one_caption_an_epoch_goes_through_all_of_them() -> None:
     table = examples(6)
     epochs = [[pair.caption for pair in pairs([table], SIZE, "one", epoch)] for epoch in range(6)]
@@ -73,6 +79,8 @@ def test_only_whole_batches_unless_there_is_no_other() -> None:
     stream = list(pairs([examples(10)], SIZE, "one", 0))
     assert [len(batch) for batch in batches(stream, 4)] == [4, 4]
     assert [len(batch) for batch in batches(stream, 16)] == [10] and not list(batches(stream[:1], 16))
+    assert [len(batch) for batch in batches(stream, 4, whole_alone=True)] == [4, 4]
+    assert not list(batches(stream, 16, whole_alone=True))
 
 
 # -- samples -------------------------------------------------------------------------------------

@@ -11,7 +11,9 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from pipelines.training import losses
+from pipelines.errors import VecmillError
+from pipelines.storage import Store
+from pipelines.training import loop, losses
 from pipelines.training.checkpoint import checkpoints
 from pipelines.training.loop import Worker
 from pipelines.training.retrieval import recalls
@@ -81,6 +83,61 @@ def test_a_run_that_was_killed_midway_ends_as_one_that_was_not(straight: Worker,
         assert torch.equal(continued.network.state_dict()[name], value), name
     folders = [Path(each.task.store.root, "model", "model.safetensors").read_bytes() for each in (continued, straight)]
     assert folders[0] == folders[1]
+
+
+@pytest.mark.parametrize("put", ["save_model", "best"])
+def test_what_an_epoch_left_unsaid_is_said_from_its_checkpoint(
+    straight: Worker, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, put: str
+) -> None:
+    """It is not done again, which on some devices would end with other weights."""
+    settings, real = config(tmp_path, model=NORMED, optim=COSINE), getattr(loop, put)
+
+    def dying(*given: Any, **more: Any) -> Any:
+        if (1, 0) in checkpoints(Store(str(tmp_path))):
+            raise KilledError
+        return real(*given, **more)
+
+    monkeypatch.setattr(loop, put, dying)
+    with pytest.raises(KilledError):
+        trained(settings)
+    assert not (tmp_path / "model" / "model.safetensors").exists() and not (tmp_path / "metrics.json").exists()
+    monkeypatch.undo()
+    continued = worker(settings)
+    assert continued.position == (1, 0)
+    kept = load_file(tmp_path / "model" / "model.safetensors")
+    assert all(torch.equal(kept[name], value) for name, value in continued.evaluated.state_dict().items())
+    assert json.loads((tmp_path / "metrics.json").read_text())["epochs"] == continued.history
+    list(continued.run())
+    assert figures(continued.history) == figures(straight.history)
+
+
+def test_the_model_is_of_the_best_epoch_wherever_that_is(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    recall = iter([0.1, 0.7, 0.7, 0.3])
+    monkeypatch.setattr(loop, "validate", lambda *_: {"text_to_image": {"recall@1": next(recall)}})
+    ran = worker(config(tmp_path, model=NORMED))
+    by_epoch = [weights(ran.evaluated) for _ in ran.run()]
+    kept = load_file(tmp_path / "model" / "model.safetensors")
+    alike = [all(torch.equal(value, each[name]) for name, value in kept.items()) for each in by_epoch]
+    assert alike == [False, True, False, False]
+    assert json.loads((tmp_path / "metrics.json").read_text())["best_epoch"] == 2
+
+
+def test_what_is_not_finite_is_in_no_figure(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As gradients of a step that half precision overflows in; but a loss that is never finite ends the run."""
+    ran = worker(config(tmp_path, optim={"epochs": 1}))
+    step, spoilt = ran._step, iter([True, False, False, False, False, True])
+
+    def overflowing(*given: Any) -> dict[str, torch.Tensor]:
+        told = step(*given)
+        return {**told, "gradient_norm": torch.tensor(torch.inf if next(spoilt) else 2.0)}
+
+    monkeypatch.setattr(ran, "_step", overflowing)
+    list(ran.run())
+    assert json.loads((tmp_path / "metrics.json").read_text())["epochs"][0]["gradient_norm"] == 2.0
+    lost = worker(config(tmp_path / "lost", optim={"epochs": 1}))
+    monkeypatch.setattr(lost, "_step", lambda *_: {"loss": torch.tensor(torch.nan)})
+    with pytest.raises(VecmillError, match="In epoch 1 no step had a finite loss"):
+        list(lost.run())
 
 
 def test_another_seed_goes_otherwise(straight: Worker, tmp_path: Path) -> None:

@@ -31,6 +31,10 @@ def test_steps_multiply() -> None:
     assert found == pytest.approx([1.0] * 20 + [0.1] * 20 + [0.01] * 10)
 
 
+def test_steps_are_of_one_optimiser_step_at_least() -> None:
+    assert rates(1, epochs=3, schedule="step", step_epochs=0.5, step_factor=0.5) == [1.0, 0.5, 0.25]
+
+
 def test_what_follows_the_frozen_stage_has_a_rate_of_its_own() -> None:
     found = rates(epochs=5, frozen_epochs=2, finetune_lr=0.1, schedule="cosine")
     assert found[0] == 1 and found[19] < 0.01 and found[20] == pytest.approx(0.1) and found[-1] < 0.001
