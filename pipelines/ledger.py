@@ -318,6 +318,24 @@ def settle(store: Store, plan: Plan) -> None:
         place(store, standing)
 
 
+def finish(store: Store) -> None:
+    """As `settle`, of every family and whatever the input is. Placements lie in the staging of what is committed."""
+    families = families_of(store)
+    for ref in make_plan(store, [], families).superseded:
+        retire(store, ref)
+    for family in families:
+        in_staging = staged(store, family)
+        unplaced = (ref for ref in list_commits(store, family) if f"{ref.shard}.{ref.version}" in in_staging)
+        for standing in read_commits(store, unplaced):
+            place(store, standing)
+
+
+def families_of(store: Store) -> list[str]:
+    """All that have, or had, a commit."""
+    names = (name for top in (COMMITS, RETIRED) for name in store.names(top))
+    return sorted({name.split("/")[0] for name in names if "/" in name})
+
+
 def conclude(store: Store, plan: Plan, families: Iterable[str]) -> list[Work]:
     """What is still pending at a run's end. Where nothing is, what the plan replaces is retired.
 
