@@ -10,7 +10,9 @@ import pytest
 
 from pipelines import search
 from pipelines.compact import compact_parts
-from pipelines.errors import ConfigError, InputError, StorageError
+from pipelines.config import IndexConfig
+from pipelines.errors import ConfigError, IndexBuildError, InputError, StorageError
+from pipelines.index.build import build_index
 from pipelines.index.grow import update_index
 from pipelines.index.release import read_release
 from pipelines.index.removed import denied, holds_removed
@@ -82,6 +84,27 @@ def test_an_update_does_not_carry_it_on(tmp_path: Path) -> None:
     remove(store, ASKED, "", "")
     with pytest.raises(ConfigError, match=r"(?s)taken down since, and an update would keep them.*without --update"):
         update_index(store, ENCODER, "image", {})
+
+
+@pytest.mark.parametrize("given", [{}, {"index_key": "IVF16,Flat"}])
+def test_an_update_that_is_refused_writes_no_part_again(tmp_path: Path, given: dict[str, Any]) -> None:
+    """It would hide the shards that are touched from the current release."""
+    store = write_release(tmp_path)
+    remove(store, ASKED, "", "")
+    before = sorted(store.names("embeddings"))
+    with pytest.raises(ConfigError):
+        update_index(store, ENCODER, "image", given)
+    assert sorted(store.names("embeddings")) == before
+
+
+@pytest.mark.parametrize("key", ["IVFlat", "IVF4096,Flat", "OPQ3_16,IVF4,PQ3"])
+def test_a_build_of_an_index_that_cannot_be_writes_no_part_again(tmp_path: Path, key: str) -> None:
+    store = write_release(tmp_path)
+    remove(store, ASKED, "", "")
+    before = sorted(store.names("embeddings"))
+    with pytest.raises((ConfigError, IndexBuildError)):
+        build_index(store, ENCODER, "image", IndexConfig(index_key=key))
+    assert sorted(store.names("embeddings")) == before
 
 
 def test_a_compaction_counts_what_it_drops(tmp_path: Path) -> None:
