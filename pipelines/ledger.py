@@ -7,6 +7,7 @@ under a final name.
 
 from __future__ import annotations
 
+import re
 from collections import defaultdict
 from collections.abc import Collection, Iterable, Iterator
 from dataclasses import dataclass, field
@@ -19,6 +20,7 @@ from pipelines.errors import LedgerError, StorageError
 from pipelines.storage import Store, is_whole_json
 
 COMMITS, RETIRED, STAGING = "commits", "retired", "staging"
+_SLICE = re.compile(r"(.+)-s\d+(of\d+)")
 
 
 class Part(BaseModel):
@@ -242,6 +244,15 @@ def object_of(shard: str) -> str:
     """A shard's id without its piece: two pieces of one object, cut differently, share it."""
     head, _, piece = shard.rpartition("-")
     return head if piece[:1] in ("p", "s") and piece[1:5].isdigit() else shard
+
+
+def cut_of(shard: str) -> str:
+    """The same of two shards where none ever holds what the other did: slices of one cut, by key, of one object.
+
+    Pieces of a Parquet file trade rows as it changes, so that each is a cut of its own.
+    """
+    slice_ = _SLICE.fullmatch(shard)
+    return f"{slice_[1]}-{slice_[2]}" if slice_ else shard
 
 
 def commit(store: Store, candidate: Commit) -> Commit:

@@ -10,7 +10,8 @@ from __future__ import annotations
 import io
 import json
 import uuid
-from collections.abc import Callable, Iterable, Sequence
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from functools import lru_cache
@@ -25,7 +26,7 @@ from pydantic import BaseModel
 
 from pipelines.contracts import Shard
 from pipelines.errors import LedgerError
-from pipelines.ledger import object_of
+from pipelines.ledger import cut_of, object_of
 from pipelines.storage import Store
 
 FOLDER = "removed"
@@ -160,17 +161,33 @@ class Touched:
 UNTOUCHED = Touched(frozenset())
 
 
+@dataclass(frozen=True)
+class Suspects:
+    """Shards that may once have held what was taken down: of these `shards`, or of an object with tombstones of other
+    `cuts` than theirs."""
+
+    shards: frozenset[int]
+    cuts: Mapping[int, set[int]]
+
+    def __contains__(self, shard: str) -> bool:
+        if _place(shard) in self.shards:
+            return True
+        return bool(self.cuts.get(_place(object_of(shard)), set()) - {_place(cut_of(shard))})
+
+
 @dataclass(frozen=True, eq=False)
 class Takedowns:
-    """All tombstones of an output, 50 bytes each in memory, in order of their keys' marks.
+    """All tombstones of an output, 58 bytes each in memory, in order of their keys' marks.
 
-    places, objects, shards: uint64, of shard and version, of the shard's object, and of the shard. rows: int64.
+    places, objects, cuts, shards: uint64, of shard and version, of the shard's object, of its cut, and of the shard.
+    rows: int64.
     keys, contents: uint64, marks. lasting, waiting: bool; the key lasts, and no compaction has dropped the sample yet.
     """
 
     marks: Marks
     places: NDArray[np.uint64]
     objects: NDArray[np.uint64]
+    cuts: NDArray[np.uint64]
     shards: NDArray[np.uint64]
     rows: NDArray[np.int64]
     keys: NDArray[np.uint64]
@@ -208,7 +225,7 @@ class Takedowns:
         if not len(self):
             return {}
         standing = list(shards)
-        touched, objects = self.touched_objects(), {object_of(shard.id) for shard in standing}
+        touched, objects = Touched(frozenset(self.objects.tolist())), {object_of(shard.id) for shard in standing}
         gone = ~np.isin(self.places, _places(f"{shard.id}.{shard.version}" for shard in standing))
         places = {name: self.places[gone & (self.objects == _place(name))] for name in objects if name in touched}
         return {name: Touched(frozenset(found.tolist())) for name, found in places.items() if len(found)}
@@ -226,8 +243,11 @@ class Takedowns:
     def _of(self, waiting: bool | None) -> NDArray[np.bool_]:
         return self.waiting == waiting if waiting is not None else np.ones(len(self), bool)
 
-    def touched_objects(self) -> Touched:
-        return Touched(frozenset(self.objects.tolist()))
+    def suspects(self) -> Suspects:
+        cuts: dict[int, set[int]] = defaultdict(set)
+        for object_, cut in np.unique(np.stack([self.objects, self.cuts]), axis=1).T.tolist():
+            cuts[object_].add(cut)
+        return Suspects(frozenset(self.shards.tolist()), cuts)
 
     def samples(self, waiting: bool | None = None) -> int:
         """How many, each once however often it was asked for."""
@@ -260,6 +280,7 @@ def _loaded(store: Store, known: tuple[tuple[str, bool], ...]) -> Takedowns:
         marks=Marks(_salt(store) if known else b""),
         places=_places(f"{shard}.{version}" for shard, version in named)[order],
         objects=_places(map(object_of, shards))[order],
+        cuts=_places(map(cut_of, shards))[order],
         shards=_places(shards)[order],
         rows=table["row"].to_numpy()[order],
         keys=keys[order],
