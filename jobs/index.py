@@ -34,10 +34,17 @@ IndexKey = Annotated[
     str | None, typer.Option(help="FAISS factory string, as in OPQ64_256,IVF4096,PQ64x8; chosen if left out.")
 ]
 Metric = Annotated[str | None, typer.Option(help="ip (inner product) or l2.")]
-Shards = Annotated[int | None, typer.Option(help="Index shards, each filled by one task.")]
+Shards = Annotated[
+    int | None,
+    typer.Option(help="Index shards, each filled by one task; one per 10 million vectors if left out."),
+]
 Memory = Annotated[
     str | None,
-    typer.Option("--shard-memory", help="In place of --shards: as many as keep each within so much memory, as in 4G."),
+    typer.Option(
+        "--shard-memory",
+        help="Most that an index shard may take, as in 4G: a key that fits is chosen; for an --index-key there are as "
+        "many index shards as it takes, in place of --shards.",
+    ),
 ]
 Latency = Annotated[float | None, typer.Option("--max-query-ms", help="Latency target of one query.")]
 Target = Annotated[

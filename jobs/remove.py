@@ -14,7 +14,7 @@ import typer
 from jobs.collect import output_store
 from jobs.console import err, out
 from jobs.options import AsJson, OutputArgument, text_in
-from pipelines.errors import ConfigError, InputError
+from pipelines.errors import ConfigError, IndexBuildError, InputError
 from pipelines.lease import Say
 from pipelines.storage import Store
 
@@ -85,11 +85,7 @@ def remove(
     done = compacted(store, drop_releases, dry_run, told, say) if compact else None
     if as_json:
         print(json.dumps(told, ensure_ascii=False, indent=2))
-    require_all_found(missing)
-    if done and not dry_run:
-        from pipelines.purge import require_no_holders
-
-        require_no_holders(store, done)
+    require_nothing_left(store, missing, None if dry_run else done)
 
 
 def asked_for(inputs: Store, keys: str | None, key: list[str] | None, images: str | None, reason: str) -> Asked:
@@ -151,6 +147,20 @@ def _outcome(removal: Removal, dry_run: bool) -> str:
         f"{removal.samples:,} samples are removed, by request {removal.request.id}: no search finds them.{before} "
         "--compact drops them from the files."
     )
+
+
+def require_nothing_left(store: Store, missing: list[str], done: Purge | None) -> None:
+    """Raises: InputError for what was not found, IndexBuildError for releases that wait; of both the latter is said."""
+    from pipelines.purge import require_no_holders
+
+    try:
+        if done:
+            require_no_holders(store, done)
+    except IndexBuildError as waiting:
+        if not missing:
+            raise
+        err.print(str(waiting), markup=False)
+    require_all_found(missing)
 
 
 def require_all_found(missing: list[str]) -> None:

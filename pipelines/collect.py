@@ -19,12 +19,11 @@ from pipelines.ledger import (
     RETIRED,
     STAGING,
     CommitRef,
+    families_of,
+    finish,
     list_commits,
-    make_plan,
     place,
     read_commits,
-    retire,
-    staged,
 )
 from pipelines.storage import Store, is_temporary
 from pipelines.takedowns import FOLDER
@@ -50,7 +49,7 @@ def leftovers(store: Store) -> list[Leftover]:
     # Data first, commits second: whatever is placed was committed before.
     data = [(path, size) for top in DATA for path, size in store.sizes(top)]
     staging = [Leftover("staging", path, size) for path, size in store.sizes(STAGING)]
-    named = {family: {ref.stem for ref in list_commits(store, family)} for family in _families(store)}
+    named = {family: {ref.stem for ref in list_commits(store, family)} for family in families_of(store)}
     found = [Leftover("orphan", path, size) for path, size in data if _is_orphan(path, named)]
     found += [Leftover("orphan", path, size) for path, size in _torn(store)]
     found += [*staging, *_of_indexes(store)]
@@ -98,25 +97,8 @@ def totals(found: Iterable[Leftover]) -> dict[str, tuple[int, int]]:
     return {kind: (count, sizes[kind]) for kind, count in objects.items()}
 
 
-def finish(store: Store) -> None:
-    """Retirements and placements that a run began; the latter lie in the staging of what is committed."""
-    families = _families(store)
-    for ref in make_plan(store, [], families).superseded:
-        retire(store, ref)
-    for family in families:
-        in_staging = staged(store, family)
-        unplaced = (ref for ref in list_commits(store, family) if f"{ref.shard}.{ref.version}" in in_staging)
-        for standing in read_commits(store, unplaced):
-            place(store, standing)
-
-
-def _families(store: Store) -> list[str]:
-    names = (name for top in (COMMITS, RETIRED) for name in store.names(top))
-    return sorted({name.split("/")[0] for name in names if "/" in name})
-
-
 def _commits(store: Store) -> set[CommitRef]:
-    return {ref for family in _families(store) for ref in list_commits(store, family)}
+    return {ref for family in families_of(store) for ref in list_commits(store, family)}
 
 
 def _is_orphan(path: str, named: dict[str, set[str]]) -> bool:

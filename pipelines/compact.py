@@ -26,6 +26,7 @@ from pipelines.ledger import (
     Counts,
     Part,
     commit,
+    finish,
     list_commits,
     place,
     read_commit,
@@ -71,11 +72,12 @@ def compact_parts(
 ) -> list[Holding]:
     """Every family's parts without what was taken down; what they were.
 
-    May die at any moment and be run again, or beside another: each commit follows the ledger's own protocol. Memory:
-    a row group of each of 4 parts. waiting: as for `holdings`. Raises: LedgerError, StorageError.
+    May die at any moment and be run again, or beside another: each commit follows the ledger's own protocol, and what
+    one that died has begun is finished first. Memory: a row group of each of 4 parts. waiting: as for `holdings`.
+    Raises: LedgerError, StorageError.
     """
     write = validate(WriteConfig, read_record(store).settings.get("write") or {})
-
+    finish(store)
     held = list(holdings(store, waiting))
     generations = {family: _generations(store, family) for family in {each.commit.family for each in held}}
 

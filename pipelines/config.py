@@ -163,7 +163,8 @@ class IndexConfig(Section):
     max_query_ms: float = Field(10.0, gt=0, description="latency target of one query")
     shards: PositiveInt | Auto = Field(
         "auto",
-        description="index shards; auto: as many as index.shard_memory asks for, one per 10 million vectors at least",
+        description="index shards; auto: one per 10 million vectors, and of an index.index_key as many more as it "
+        "takes for each to be within index.shard_memory",
     )
     train_vectors: PositiveInt | Auto = Field("auto", description="vectors sampled for training; auto: 100 per cluster")
     target_recall: float | None = Field(

@@ -27,6 +27,7 @@ from pipelines.prepare import Prepared, all_actors, require_output
 from pipelines.read import ShardSource
 from pipelines.record import write_record
 from pipelines.storage import Store
+from pipelines.takedowns import Touched, read_takedowns
 from pipelines.translate import Translate
 from pipelines.write import EmbeddingSink
 
@@ -42,7 +43,9 @@ def pipeline(run: Prepared, observe: Observe) -> Any:
     Decode and encode ask for different resources, else Ray would fuse decoding into the encode actor.
     """
     config = run.config
-    source = ShardSource(run.plan.pending, config.read, Store(options=config.storage), observe, run.store)
+    source = ShardSource(
+        run.plan.pending, config.read, Store(options=config.storage), observe, run.store, superseded(run)
+    )
     rows = ray.data.read_datasource(source, override_num_blocks=len(run.plan.pending))
     if run.translation and run.pending:
         rows = translated(rows, config, run.translation, observe)
@@ -55,6 +58,11 @@ def pipeline(run: Prepared, observe: Observe) -> Any:
     for pool in run.pools:
         rows = encoded(rows, pool, run, observe)
     return rows
+
+
+def superseded(run: Prepared) -> dict[str, Touched]:
+    """What `Takedowns.superseded` says of the run's input."""
+    return read_takedowns(run.store).superseded(run.plan.shards)
 
 
 def encoded(rows: Any, pool: tuple[Target, ...], run: Prepared, observe: Observe) -> Any:
@@ -139,7 +147,7 @@ def failing_plainly(run: Prepared) -> AbstractContextManager[None]:
 
 def write_pending(run: Prepared, observe: Observe) -> None:
     configure(run)
-    sink = EmbeddingSink(run.store, run.families, run.config.write, run.plan, observe)
+    sink = EmbeddingSink(run.store, run.families, run.config.write, run.plan, observe, superseded(run))
     pipeline(run, observe).write_datasink(sink, ray_remote_args={"num_cpus": 1})
 
 

@@ -7,6 +7,7 @@ under a final name.
 
 from __future__ import annotations
 
+import re
 from collections import defaultdict
 from collections.abc import Collection, Iterable, Iterator
 from dataclasses import dataclass, field
@@ -19,6 +20,7 @@ from pipelines.errors import LedgerError, StorageError
 from pipelines.storage import Store, is_whole_json
 
 COMMITS, RETIRED, STAGING = "commits", "retired", "staging"
+_SLICE = re.compile(r"(.+)-s\d+(of\d+)")
 
 
 class Part(BaseModel):
@@ -244,6 +246,15 @@ def object_of(shard: str) -> str:
     return head if piece[:1] in ("p", "s") and piece[1:5].isdigit() else shard
 
 
+def cut_of(shard: str) -> str:
+    """The same of two shards where none ever holds what the other did: slices of one cut, by key, of one object.
+
+    Pieces of a Parquet file trade rows as it changes, so that each is a cut of its own.
+    """
+    slice_ = _SLICE.fullmatch(shard)
+    return f"{slice_[1]}-{slice_[2]}" if slice_ else shard
+
+
 def commit(store: Store, candidate: Commit) -> Commit:
     """The commit that stands: ours, or another attempt's that was there first. Raises: LedgerError.
 
@@ -325,6 +336,24 @@ def settle(store: Store, plan: Plan) -> None:
         retire(store, ref)
     for standing in read_commits(store, plan.unplaced):
         place(store, standing)
+
+
+def finish(store: Store) -> None:
+    """As `settle`, of every family and whatever the input is. Placements lie in the staging of what is committed."""
+    families = families_of(store)
+    for ref in make_plan(store, [], families).superseded:
+        retire(store, ref)
+    for family in families:
+        in_staging = staged(store, family)
+        unplaced = (ref for ref in list_commits(store, family) if f"{ref.shard}.{ref.version}" in in_staging)
+        for standing in read_commits(store, unplaced):
+            place(store, standing)
+
+
+def families_of(store: Store) -> list[str]:
+    """All that have, or had, a commit."""
+    names = (name for top in (COMMITS, RETIRED) for name in store.names(top))
+    return sorted({name.split("/")[0] for name in names if "/" in name})
 
 
 def conclude(store: Store, plan: Plan, families: Iterable[str]) -> list[Work]:

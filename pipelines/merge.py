@@ -20,7 +20,7 @@ from pipelines.fragments import Fragment, cut, pick, shard_rows
 from pipelines.ledger import Commit, CommitRef, Counts, Part
 from pipelines.secrets import without_credentials
 from pipelines.storage import Store, scratch_folder
-from pipelines.takedowns import read_takedowns
+from pipelines.takedowns import OfShard
 
 _FRAGMENTS_IN_MEMORY = 16
 _FRAGMENT_OPTIONS = pa.ipc.IpcWriteOptions(compression="lz4")
@@ -45,10 +45,17 @@ def list_fragments(store: Store, staging: str) -> list[Fragment]:
 
 
 def merge(
-    store: Store, family: Family, ref: CommitRef, uri: str, staging: str, fragments: list[Fragment], write: WriteConfig
+    store: Store,
+    family: Family,
+    ref: CommitRef,
+    uri: str,
+    staging: str,
+    fragments: list[Fragment],
+    write: WriteConfig,
+    taken_down: OfShard,
 ) -> Commit:
-    """A commit, not yet put, whose parts lie under `staging/<attempt>/`. What was taken down since the fragments were
-    put is left out.
+    """A commit, not yet put, whose parts lie under `staging/<attempt>/`. taken_down: left out, since fragments may be
+    older than that.
 
     Raises: FileNotFoundError where a fragment has gone, because another attempt has committed;
     LedgerError where items in and items out do not agree.
@@ -56,7 +63,7 @@ def merge(
     attempt = uuid.uuid4().hex
     counts: dict[str, Counts] = defaultdict(Counts)
     reasons: Counter[str] = Counter()
-    removed, taken_down = 0, read_takedowns(store).of_shard(ref.shard, ref.version)
+    removed = 0
     with scratch_folder() as folder:
         parts = PartFiles(family.schemas, Path(folder), write)
         for each in _rows_in_order(store, staging, fragments):

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from pipelines.collect import Leftover, clear, finish, leftovers
+from pipelines.collect import Leftover, clear, leftovers
 from pipelines.compact import Holding, compact_parts, holdings
 from pipelines.contracts import FINDINGS
 from pipelines.errors import IndexBuildError
@@ -72,7 +72,6 @@ def purge(store: Store, drop: bool = False, say: Say = lambda line: None) -> Pur
     """
     with held(store, COLLECT, "remove", excludes=lambda other: True, say=say):
         left = leftovers(store)
-        finish(store)
         asked = waiting(store)
         written = compact_parts(store, lambda holding: say(f"wrote {holding.told} again"))
         done = Purge(written, list(_homes(store)), left, _findings(store, asked), drop)

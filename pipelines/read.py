@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict
 from typing import Any
 
@@ -16,16 +16,17 @@ from ray.data.datasource import ReadTask
 from pipelines import sources
 from pipelines.config import ReadConfig
 from pipelines.contracts import SAMPLE, Sample
-from pipelines.ledger import Work
+from pipelines.ledger import Work, object_of
 from pipelines.observe import Clock, Observe, nowhere, peak_memory_mib
 from pipelines.storage import Store
-from pipelines.takedowns import Marks, OfShard, read_takedowns
+from pipelines.takedowns import UNTOUCHED, Marks, OfShard, Touched, read_takedowns
 
 
 class ShardSource(Datasource):
     """Samples of shards that still lack a family; the last row of each shard is its end mark.
 
-    output: whose takedowns hold for what is read, as they are when a task begins.
+    output: whose takedowns hold for what is read, as they are when a task begins. superseded: by object, as
+    `Takedowns.superseded` says.
     """
 
     def __init__(
@@ -35,10 +36,11 @@ class ShardSource(Datasource):
         store: Store,
         observe: Observe = nowhere,
         output: Store | None = None,
+        superseded: Mapping[str, Touched] | None = None,
     ) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self._pending, self._settings, self._store, self._observe = pending, settings, store, observe
-        self._output = output
+        self._output, self._superseded = output, superseded or {}
 
     def get_name(self) -> str:
         return "ReadShards"
@@ -54,7 +56,8 @@ class ShardSource(Datasource):
 
     def _task(self, work: Work) -> Callable[[], Iterator[pa.Table]]:
         settings, store, observe, output = self._settings, self._store, self._observe, self._output
-        return lambda: read_shard(work, settings, store, observe, output)
+        superseded = self._superseded.get(object_of(work.shard.id), UNTOUCHED)
+        return lambda: read_shard(work, settings, store, observe, output, superseded)
 
 
 def _metadata(work: Work) -> BlockMetadata:
@@ -62,12 +65,17 @@ def _metadata(work: Work) -> BlockMetadata:
 
 
 def read_shard(
-    work: Work, settings: ReadConfig, store: Store, observe: Observe = nowhere, output: Store | None = None
+    work: Work,
+    settings: ReadConfig,
+    store: Store,
+    observe: Observe = nowhere,
+    output: Store | None = None,
+    superseded: Touched = UNTOUCHED,
 ) -> Iterator[pa.Table]:
     """Blocks of schema SAMPLE. The same shard is cut at the same rows every time: Ray may run the task
     again and use the blocks of both. Of a sample that the output has removed, only that it was there is read."""
     clock = Clock()
-    removed = read_takedowns(output).of_shard(work.shard.id, work.shard.version) if output else None
+    removed = read_takedowns(output).of_shard(work.shard.id, work.shard.version, superseded) if output else None
     numbered = _timed(enumerate(sources.samples(work.shard, settings, store)), clock)
     block: list[dict[str, Any]] = []
     size, rows = 0, 0

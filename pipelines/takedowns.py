@@ -10,7 +10,8 @@ from __future__ import annotations
 import io
 import json
 import uuid
-from collections.abc import Callable, Iterable, Sequence
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from functools import lru_cache
@@ -23,8 +24,9 @@ import pyarrow.parquet as pq
 from numpy.typing import NDArray
 from pydantic import BaseModel
 
+from pipelines.contracts import Shard
 from pipelines.errors import LedgerError
-from pipelines.ledger import object_of
+from pipelines.ledger import cut_of, object_of
 from pipelines.storage import Store
 
 FOLDER = "removed"
@@ -98,7 +100,7 @@ def _place(name: str) -> int:
 @dataclass(frozen=True)
 class OfShard:
     """What decides for one shard's version. rows: removed for sure, by their number. keys, contents: of tombstones of
-    the same input object as it was before, or cut otherwise. others: of all tombstones."""
+    what the same input object held before it changed, or was cut otherwise. others: of all tombstones."""
 
     rows: frozenset[int]
     keys: frozenset[int]
@@ -139,18 +141,54 @@ class OfShard:
         return rows.set_column(rows.schema.get_field_index("key"), "key", keys)
 
 
+@dataclass(frozen=True)
+class Touched:
+    """The shards' versions, or objects, that have tombstones."""
+
+    places: frozenset[int]
+
+    def __contains__(self, name: str) -> bool:
+        """name: `shard.version`, or of an object."""
+        return bool(self.places) and _place(name) in self.places
+
+    def __len__(self) -> int:
+        return len(self.places)
+
+    def among(self, places: NDArray[np.uint64]) -> NDArray[np.bool_]:
+        return np.isin(places, np.array(sorted(self.places), np.uint64))
+
+
+UNTOUCHED = Touched(frozenset())
+
+
+@dataclass(frozen=True)
+class Suspects:
+    """Shards that may once have held what was taken down: of these `shards`, or of an object with tombstones of other
+    `cuts` than theirs."""
+
+    shards: frozenset[int]
+    cuts: Mapping[int, set[int]]
+
+    def __contains__(self, shard: str) -> bool:
+        if _place(shard) in self.shards:
+            return True
+        return bool(self.cuts.get(_place(object_of(shard)), set()) - {_place(cut_of(shard))})
+
+
 @dataclass(frozen=True, eq=False)
 class Takedowns:
-    """All tombstones of an output, 49 bytes each in memory, in order of their keys' marks.
+    """All tombstones of an output, 58 bytes each in memory, in order of their keys' marks.
 
-    places, objects, versions: uint64, of shard and version, of the shard's object, and of the version. rows: int64.
+    places, objects, cuts, shards: uint64, of shard and version, of the shard's object, of its cut, and of the shard.
+    rows: int64.
     keys, contents: uint64, marks. lasting, waiting: bool; the key lasts, and no compaction has dropped the sample yet.
     """
 
     marks: Marks
     places: NDArray[np.uint64]
     objects: NDArray[np.uint64]
-    versions: NDArray[np.uint64]
+    cuts: NDArray[np.uint64]
+    shards: NDArray[np.uint64]
     rows: NDArray[np.int64]
     keys: NDArray[np.uint64]
     contents: NDArray[np.uint64]
@@ -170,14 +208,27 @@ class Takedowns:
     def has_image(self, sha256: str) -> bool:
         return bool((self.contents == np.uint64(_number(self.marks.content(sha256, None)))).any())
 
-    def of_shard(self, shard: str, version: str) -> OfShard:
+    def of_shard(self, shard: str, version: str, superseded: Touched = UNTOUCHED) -> OfShard:
+        """superseded: of what `superseded` says, that of the shard's object."""
         here = self.places == _place(f"{shard}.{version}")
-        # A sibling of the same version is no older: what was taken down from it lies there still.
-        before = (self.objects == _place(object_of(shard))) & (self.versions != _place(version))
+        # What was taken down from a sibling that stands lies there still, and is none of this shard's samples.
+        moved = (self.objects == _place(object_of(shard))) & superseded.among(self.places)
+        before = ((self.shards == _place(shard)) & ~here) | moved
         keys, contents = self.keys[before & self.lasting], self.contents[before & (self.contents != 0)]
         return OfShard(
             frozenset(self.rows[here].tolist()), frozenset(keys.tolist()), frozenset(contents.tolist()), self
         )
+
+    def superseded(self, shards: Iterable[Shard]) -> dict[str, Touched]:
+        """By object, the versions with tombstones that are not among `shards`, all that the input has now: what was
+        taken down from them may lie in any other piece of the object."""
+        if not len(self):
+            return {}
+        standing = list(shards)
+        touched, objects = Touched(frozenset(self.objects.tolist())), {object_of(shard.id) for shard in standing}
+        gone = ~np.isin(self.places, _places(f"{shard.id}.{shard.version}" for shard in standing))
+        places = {name: self.places[gone & (self.objects == _place(name))] for name in objects if name in touched}
+        return {name: Touched(frozenset(found.tolist())) for name, found in places.items() if len(found)}
 
     def rows_of(self, shard: str, version: str, waiting: bool | None = None) -> NDArray[np.int64]:
         """The removed rows of a shard's version, ascending. waiting: those alone that no compaction has dropped, or
@@ -192,27 +243,16 @@ class Takedowns:
     def _of(self, waiting: bool | None) -> NDArray[np.bool_]:
         return self.waiting == waiting if waiting is not None else np.ones(len(self), bool)
 
-    def touched_objects(self) -> Touched:
-        return Touched(frozenset(self.objects.tolist()))
+    def suspects(self) -> Suspects:
+        cuts: dict[int, set[int]] = defaultdict(set)
+        for object_, cut in np.unique(np.stack([self.objects, self.cuts]), axis=1).T.tolist():
+            cuts[object_].add(cut)
+        return Suspects(frozenset(self.shards.tolist()), cuts)
 
     def samples(self, waiting: bool | None = None) -> int:
         """How many, each once however often it was asked for."""
         mine = self._of(waiting)
         return int(np.unique(np.stack([self.places[mine], self.rows[mine].view(np.uint64)]), axis=1).shape[1])
-
-
-@dataclass(frozen=True)
-class Touched:
-    """The shards' versions, or objects, that have tombstones."""
-
-    places: frozenset[int]
-
-    def __contains__(self, name: str) -> bool:
-        """name: `shard.version`, or of an object."""
-        return bool(self.places) and _place(name) in self.places
-
-    def __len__(self) -> int:
-        return len(self.places)
 
 
 def requests(store: Store) -> dict[str, bool]:
@@ -233,13 +273,15 @@ def _loaded(store: Store, known: tuple[tuple[str, bool], ...]) -> Takedowns:
     table = pa.concat_tables([TOMBSTONE.empty_table(), *(table.replace_schema_metadata() for table, _ in tables)])
     keys = _numbers(table["key"])
     order = np.argsort(keys, kind="stable")
-    shards, versions = table["shard"].to_pylist(), table["version"].to_pylist()
+    shards = table["shard"].to_pylist()
+    named = zip(shards, table["version"].to_pylist(), strict=True)
     waiting = np.repeat([not compacted for _, compacted in tables], [len(table) for table, _ in tables]).astype(bool)
     return Takedowns(
         marks=Marks(_salt(store) if known else b""),
-        places=_places(f"{shard}.{version}" for shard, version in zip(shards, versions, strict=True))[order],
+        places=_places(f"{shard}.{version}" for shard, version in named)[order],
         objects=_places(map(object_of, shards))[order],
-        versions=_places(versions)[order],
+        cuts=_places(map(cut_of, shards))[order],
+        shards=_places(shards)[order],
         rows=table["row"].to_numpy()[order],
         keys=keys[order],
         contents=_numbers(table["content"])[order],

@@ -6,7 +6,7 @@ coordinator is needed. Ray may retry a write without end, so every step may be d
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from functools import reduce
 from typing import Any
@@ -20,17 +20,18 @@ from pipelines.contracts import SAMPLES_FAMILY
 from pipelines.errors import LedgerError
 from pipelines.families import Family
 from pipelines.fragments import is_whole
-from pipelines.ledger import Commit, CommitRef, Plan, commit, place, read_commit, retire, staging_folder
+from pipelines.ledger import Commit, CommitRef, Plan, commit, object_of, place, read_commit, retire, staging_folder
 from pipelines.merge import list_fragments, merge, put_fragments
 from pipelines.observe import Clock, Observe, nowhere, peak_memory_mib
 from pipelines.storage import Store
+from pipelines.takedowns import UNTOUCHED, Touched, read_takedowns
 
 
 class EmbeddingSink(Datasink[None]):
     """Takes encoded blocks of any shards in any order.
 
     families: by name, those that a row's `families` may name. plan: tells which older versions are retired when
-    a shard's new one commits, and which generation of it this is.
+    a shard's new one commits, and which generation of it this is. superseded: as a ShardSource's.
     """
 
     def __init__(
@@ -40,8 +41,10 @@ class EmbeddingSink(Datasink[None]):
         write: WriteConfig,
         plan: Plan | None = None,
         observe: Observe = nowhere,
+        superseded: Mapping[str, Touched] | None = None,
     ) -> None:
         self._store, self._families, self._write, self._observe = store, families, write, observe
+        self._superseded = superseded or {}
         self._changed = dict(plan.changed) if plan else {}
         self._generations = plan.generations if plan else {}
 
@@ -75,7 +78,8 @@ class EmbeddingSink(Datasink[None]):
         standing = []
         for name in first["families"]:
             ref = CommitRef(name, first["shard"], first["version"], self._generations.get((name, first["shard"]), 0))
-            incoming = Incoming(ref, first["shard_uri"], body, end, self._older(ref))
+            superseded = self._superseded.get(object_of(ref.shard), UNTOUCHED)
+            incoming = Incoming(ref, first["shard_uri"], body, end, self._older(ref), superseded)
             standing.append(write_family(self._store, self._families[name], incoming, self._write))
         return [done for done in standing if done]
 
@@ -93,7 +97,7 @@ class EmbeddingSink(Datasink[None]):
 class Incoming:
     """Rows of one shard (sorted, distinct) for one family, and the number of its rows where the end mark came.
 
-    older: commits of earlier versions of the shard, to be retired when this one commits.
+    older: commits of earlier versions of the shard, to be retired when this one commits. superseded: of its object.
     """
 
     ref: CommitRef
@@ -101,6 +105,7 @@ class Incoming:
     rows: pa.Table
     end: int | None
     older: list[CommitRef] = field(default_factory=list)
+    superseded: Touched = UNTOUCHED
 
 
 def write_family(store: Store, family: Family, incoming: Incoming, write: WriteConfig) -> Commit | None:
@@ -115,7 +120,8 @@ def write_family(store: Store, family: Family, incoming: Incoming, write: WriteC
     if not is_whole(fragments):
         return None
     try:
-        candidate = merge(store, family, ref, incoming.uri, staging, fragments, write)
+        taken_down = read_takedowns(store).of_shard(ref.shard, ref.version, incoming.superseded)
+        candidate = merge(store, family, ref, incoming.uri, staging, fragments, write, taken_down)
     except FileNotFoundError:
         return _commit_of_another(store, ref)
     standing = commit(store, candidate)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import uuid
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -22,6 +22,7 @@ from pipelines.index.room import DiskFullError, require_room
 from pipelines.index.settle import settle
 from pipelines.index.stages import Build, Timed, versions
 from pipelines.lease import held
+from pipelines.ledger import finish as finish_begun
 from pipelines.record import read_record
 from pipelines.storage import Store
 from pipelines.takedowns import read_takedowns
@@ -44,14 +45,19 @@ def build_index(
     batch of vectors. Raises: ConfigError, IndexBuildError, NotPublishedError.
     """
     fingerprint = recorded_fingerprint(store, encoder)
-    drop_removed(store, progress)
     latest = newest_or_none(store, encoder, modality)
-    before = [part.name for part in latest.parts.ranges] if latest and not latest.parts.gone else []
-    parts = list_parts(store, embeddings_folder(encoder, modality), before)
+
+    def listed() -> Parts:
+        before = [part.name for part in latest.parts.ranges] if latest and not latest.parts.gone else []
+        parts = list_parts(store, embeddings_folder(encoder, modality), before)
+        require_one_vector(parts, encoder, modality)
+        return parts
+
+    drop_removed(store, progress, lambda: make_plan(listed(), settings))
+    parts = listed()
     if latest and not force and is_current(latest, parts, settings, fingerprint):
         progress(f"{latest.folder} is up to date: the same parts and settings (--force builds it again)")
         return settle(store, latest, settings, progress)
-    require_one_vector(parts, encoder, modality)
     plan = make_plan(parts, settings)
     with attempt_at(store, encoder, modality, digest_of(plan, settings, fingerprint), progress) as attempt:
         require_room(plan, attempt)
@@ -85,10 +91,17 @@ def digest_of(plan: Plan, settings: IndexConfig, fingerprint: str, grown_from: s
     return hashlib.sha256(json.dumps(decided, sort_keys=True).encode()).hexdigest()
 
 
-def drop_removed(store: Store, progress: Progress) -> None:
-    """Writes the parts again that hold what was taken down; the ids of an index of the new ones start anew."""
+def drop_removed(store: Store, progress: Progress, require: Callable[[], object] = lambda: None) -> None:
+    """Writes the parts again that hold what was taken down; the ids of an index of the new ones start anew.
+
+    Until that is published, nothing of their shards is found. require: raises where none can be built, in which case
+    they stay as they are.
+    """
     if len(read_takedowns(store).touched(waiting=True)):
         with held(store, f"remove/{uuid.uuid4().hex[:12]}", "index", say=progress):
+            # Where another died at this, a shard may still have two parts, which nobody could list.
+            finish_begun(store)
+            require()
             compact_parts(store, lambda holding: progress(f"wrote {holding.told} again: taken down"), waiting=True)
 
 

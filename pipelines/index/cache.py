@@ -16,7 +16,7 @@ from typing import Any, TypeVar
 import faiss
 
 from pipelines.errors import IndexBuildError, StorageError
-from pipelines.index.release import IndexShard, SideFile, open_shard
+from pipelines.index.release import IndexShard, SideFile, gone, open_shard
 from pipelines.storage import COPY_BYTES, Store
 
 ATTEMPTS = 3
@@ -179,7 +179,7 @@ def opened_shard(store: Store, folder: str, shard: IndexShard, key: str, cache: 
     try:
         return used_on_disk(store, path, shard, cache, opened)
     except FileNotFoundError:
-        raise IndexBuildError(f"{store.uri(path)} is gone", "Index again with --force.") from None
+        raise gone(store, path) from None
 
 
 def _mapped(local: Path, uri: str, shard: IndexShard, key: str) -> Any:

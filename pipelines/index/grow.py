@@ -53,7 +53,6 @@ def update_index(
     that it fills an index shard with. Raises: ConfigError for settings that only a new build can have,
     IndexBuildError where there is nothing to add to, NotPublishedError.
     """
-    drop_removed(store, progress)
     base = newest_or_none(store, encoder, modality)
     if base is None:
         raise IndexBuildError(
@@ -62,6 +61,7 @@ def update_index(
     require_nothing_removed(store, base)
     settings, fingerprint = settings_of(base, given), recorded_fingerprint(store, encoder)
     require_same(base, settings, fingerprint)
+    drop_removed(store, progress)
     parts = list_grown(store, base.parts)
     if parts == base.parts:
         progress(f"{base.folder} has all parts there are: nothing to add")

@@ -13,6 +13,7 @@ import ray
 from pipelines.config import IndexConfig
 from pipelines.index.add import answer_task, get, score_task
 from pipelines.index.asked import Asked
+from pipelines.index.cache import opened_shard
 from pipelines.index.choose import holds_codes
 from pipelines.index.measure import (
     CURVE_K,
@@ -29,7 +30,7 @@ from pipelines.index.parts import BATCH_BYTES, Vectors
 from pipelines.index.plan import Plan
 from pipelines.index.queries import Queries
 from pipelines.index.recall import DEPTHS, Top, without
-from pipelines.index.release import Coding, CurvePoint, IndexShard, Recall, Rerank, open_shard
+from pipelines.index.release import Coding, CurvePoint, IndexShard, Recall, Rerank
 from pipelines.index.rerank import StoredVectors
 from pipelines.index.selection import standing
 from pipelines.index.tune import apply, around, batch_query_ms, least, query_ms, tune
@@ -89,11 +90,11 @@ class Measuring:
         """Parameters for all index shards, tuned on the first where none are decided, and milliseconds a query takes.
 
         A search goes through the index shards one after the other, so that each has its rows' share
-        of the target.
+        of the target. A local index shard is mapped, as searches have it; one in other storage is read into memory.
         """
         shard = self.shards[0]
         share = shard.rows / self.plan.parts.rows
-        index = open_shard(self.store, self.folder, shard)
+        index = opened_shard(self.store, self.folder, shard, self.plan.key)
         params = tune(index, self.plan.key, self.settings.max_query_ms * share) if decided is None else decided
         others = around(self.plan.key, params) if self.settings.recall_queries else []
         times = {}

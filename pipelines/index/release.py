@@ -440,10 +440,18 @@ def open_shard(store: Store, folder: str, shard: IndexShard) -> Any:
     try:
         index, sha256 = load_index(store, path)
     except FileNotFoundError:
-        raise IndexBuildError(f"{store.uri(path)} is gone", "Index again with --force.") from None
+        raise gone(store, path) from None
     if (index.ntotal, sha256) != (shard.rows, shard.sha256):
         raise IndexBuildError(f"{store.uri(path)} is not what its manifest says", "Index again with --force.")
     return index
+
+
+def gone(store: Store, path: str) -> IndexBuildError:
+    """What is told of a file of a release that is not there when it is opened or read."""
+    return IndexBuildError(
+        f"{store.uri(path)} is gone: its release was deleted meanwhile, or the file alone",
+        "Search again, in the current release. If it says so of that too, index again with --force.",
+    )
 
 
 def load_index(store: Store, path: str) -> tuple[Any, str]:

@@ -11,7 +11,6 @@ import pyarrow.parquet as pq
 from pipelines.index.parts import Ids, PartRange, Parts, ReplacedError, open_part, shard_of, version_of
 from pipelines.index.release import Release
 from pipelines.index.selection import Selection, end_of
-from pipelines.ledger import object_of
 from pipelines.storage import Store
 from pipelines.takedowns import Takedowns, read_takedowns
 
@@ -32,7 +31,8 @@ class Denied:
 def denied(store: Store, parts: Parts, known: Takedowns) -> Denied:
     """Opens the parts that hold what was taken down, 16 at a time, and no others.
 
-    Of a part that is gone, of an object with takedowns, no id may be found: nobody can tell any more whose it was.
+    Of a part that is gone, of a shard that may have held some, no id may be found: nobody can tell any more whose it
+    was.
     """
     if not len(known):
         return Denied(None, 0)
@@ -60,9 +60,9 @@ def holds_removed(store: Store, release: Release) -> bool:
 
 
 def _touched(store: Store, parts: Parts, known: Takedowns) -> tuple[list[PartRange], list[PartRange]]:
-    """Parts of objects with takedowns: those that are there, and those that are gone."""
-    objects = known.touched_objects()
-    touched = [part for part in parts.ranges if object_of(shard_of(part.name)) in objects]
+    """Parts of shards that may have held what was taken down: those that are there, and those that are gone."""
+    suspects = known.suspects()
+    touched = [part for part in parts.ranges if shard_of(part.name) in suspects]
     names = set(store.names(parts.folder)) if touched else set()
     return [part for part in touched if part.name in names], [part for part in touched if part.name not in names]
 

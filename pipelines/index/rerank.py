@@ -22,7 +22,7 @@ from pipelines.index.cache import Cache, used_on_disk
 from pipelines.index.choose import holds_codes
 from pipelines.index.parts import BATCH_BYTES, Ids, Vectors
 from pipelines.index.recall import Top, best_first, empty_top
-from pipelines.index.release import Coding, IndexShard, Release, SideFile
+from pipelines.index.release import Coding, IndexShard, Release, SideFile, gone
 from pipelines.storage import Store
 
 GAP_BYTES = 256 * 2**10
@@ -180,7 +180,9 @@ def _open(store: Store, folder: str, shard: IndexShard, coding: Coding, dim: int
     try:
         return used_on_disk(store, path, side, cache, opened)
     except FileNotFoundError:
-        raise IndexBuildError(f"{store.uri(path)} is gone", "Search with --rerank 0, or index again.") from None
+        raise IndexBuildError(
+            f"{store.uri(path)} is gone", "Search again, in the current release, or with --rerank 0."
+        ) from None
 
 
 def _of_map(mapped: NDArray[Any], positions: Ids) -> NDArray[Any]:
@@ -224,9 +226,7 @@ def _read(store: Store, path: str, ranges: list[tuple[int, int]]) -> list[bytes]
     try:
         return store.read_ranges(path, ranges)
     except FileNotFoundError:
-        raise IndexBuildError(
-            f"{store.uri(path)} is gone: its release was deleted meanwhile", "Search again, in the current release."
-        ) from None
+        raise gone(store, path) from None
 
 
 def scores_of(queries: Vectors, ids: Ids, stored: ById, metric: str) -> Vectors:

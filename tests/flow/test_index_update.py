@@ -18,7 +18,7 @@ from pipelines.index.release import Release, current_version, read_release
 from pipelines.index.tune import full_probe
 from pipelines.search import Searcher
 from pipelines.storage import Store
-from tests.indexed import ENCODER, VERSION, everything, part_name, shard_id, write_output, write_shard
+from tests.indexed import ENCODER, VERSION, everything, part_name, shard_id, write_images, write_output, write_shard
 
 HOME = f"index/{ENCODER}/image"
 SETTINGS = IndexConfig(
@@ -179,6 +179,17 @@ def test_small_updates_are_measured_like_others(ray_local: str, tmp_path: Path) 
     mine = recall_at(10, without(found, own).of(image), without(truth.between(0, 11), own).of(image), "l2", scored=True)
     assert release.recall.reranked["image"]["recall@10"] == pytest.approx(mine, abs=0.02)
     assert release.recall.reranked["new image"]["recall@10"] > 0.5
+
+
+def test_a_small_update_is_published_where_its_base_is(ray_local: str, tmp_path: Path) -> None:
+    """The new vectors lie as the old ones do; among themselves alone others are the nearest than a search finds."""
+    store = write_output(tmp_path, parts=2, rows=1_000, seed=1)
+    pinned = SETTINGS.model_copy(update={"search_params": "nprobe=2,ht=64"})
+    floor = (build_index(store, ENCODER, "image", pinned).recall.lowest_at_10 or 0.0) - 0.1
+    write_images(tmp_path, 2, vectors_of(tmp_path, part_name(0))[:40] + 0.01)
+    release = update_index(store, ENCODER, "image", {"floor": floor})
+    assert release.recall.reranked["new image"]["recall@10"] < floor < min(release.recall.judged.values())
+    assert current_version(store, HOME) == release.version == "v0002"
 
 
 def test_what_cannot_be_updated_says_so(ray_local: str, tmp_path: Path) -> None:

@@ -15,6 +15,8 @@ import pytest
 from pipelines.config import WriteConfig
 from pipelines.contracts import Shard
 from pipelines.errors import HeldError, IndexBuildError, LedgerError
+from pipelines.index.build import drop_removed
+from pipelines.index.parts import embeddings_folder, list_parts
 from pipelines.index.publish import holding_removed
 from pipelines.index.release import POINTER, current_version, finished, index_folder
 from pipelines.lease import held
@@ -234,6 +236,23 @@ def test_it_may_die_at_any_change_and_be_run_again(output: tuple[Store, Sought])
     assert list(problems(store)) == []
     for modality, lost in (("image", 3), ("text", 6)):
         assert len(everything(Path(store.root), modality)[0]) == kept[modality] - lost
+
+
+def test_parts_that_an_index_writes_again_are_whole_wherever_it_dies(output: tuple[Store, Sought]) -> None:
+    """As above; what it indexes in the end has one part a shard, without what was taken down."""
+    store, _ = output
+    rows = list_parts(store, embeddings_folder(ENCODER, "image")).rows
+    deaths = 0
+    for steps in range(1, 200):
+        try:
+            drop_removed(mortal(store.root, steps), lambda line: None)
+            break
+        except Killed:
+            deaths += 1
+            require_no_loss(store)
+    assert deaths
+    assert list_parts(store, embeddings_folder(ENCODER, "image")).rows == rows - 3
+    assert len(list_parts(store, embeddings_folder(ENCODER, "text")).ranges) == 4
 
 
 def require_no_loss(store: Store) -> None:

@@ -17,11 +17,13 @@ from pipelines.contracts import Sample, Shard
 from pipelines.ledger import Counts, Work, make_plan, read_commit, standing_commits, tally
 from pipelines.remove import Asked, Removal, remove
 from pipelines.remove import _with_lasting as with_lasting
+from pipelines.sources import parquet
 from pipelines.storage import Store
 from pipelines.takedowns import TOMBSTONE, Marks, marks_of, read_requests, read_takedowns, record, requests
 from pipelines.verify import problems
 from pipelines.write import EmbeddingSink
 from tests.encoded import ENCODER, FAMILIES, encoded_row, encoded_rows
+from tests.unit.sources.made import plan
 
 ROWS = 23
 SHARDS = ["a-000000000000", "b-000000000000"]
@@ -131,12 +133,16 @@ def samples(changed: bool = False) -> list[Sample]:
 def read_shard(
     store: Store, found: list[Sample], shard: str, version: str, monkeypatch: pytest.MonkeyPatch
 ) -> pa.Table:
+    """As a run reads it whose input has no other shard."""
+
     def give(*_: object) -> Iterator[Sample]:
         yield from found
 
     monkeypatch.setattr(sources, "samples", give)
     work = Work(Shard(shard, "s3://b/a.tar", "tar", version, 1), tuple(FAMILIES))
-    return pa.concat_tables(read.read_shard(work, ReadConfig(), Store(), output=store))
+    superseded = read_takedowns(store).superseded([work.shard])
+    (task,) = read.ShardSource([work], ReadConfig(), Store(), output=store, superseded=superseded).get_read_tasks(1)
+    return pa.concat_tables(task())
 
 
 @pytest.fixture
@@ -203,20 +209,103 @@ def test_a_piece_of_an_object_that_is_cut_anew_is_of_the_same_object(
     assert gone(read_shard(taken_down, samples(changed=True), f"{SHARDS[0]}-p00001", "v3", monkeypatch)) == [1, 2, 3]
 
 
-def test_of_a_sibling_of_the_same_version_nobody_asked_for_anything(
+def commit_samples(store: Store, shard: Shard) -> None:
+    found = list(sources.samples(shard, ReadConfig(), Store()))
+    rows = [
+        {
+            **encoded_row(row, shard.id, shard.version),
+            "families": ["samples"],
+            "key": sample.key,
+            "captions": sample.captions,
+            "sha256": hashlib.sha256(sample.image).hexdigest() if sample.image else None,
+            "row_group": sample.row_group,
+            "image_vector": None,
+            "text_vectors": [],
+        }
+        for row, sample in enumerate(found)
+    ]
+    end = encoded_rows(range(0), len(found), shard.id, shard.version)
+    body = pa.Table.from_pylist(rows, end.schema)
+    families = {"samples": FAMILIES["samples"]}
+    EmbeddingSink(store, families, WriteConfig()).write([body, only_samples(end)], None)
+
+
+def gone_of(store: Store, shards: list[Shard], **settings: Any) -> dict[str, list[str]]:
+    """Keys that each shard's reading counts as removed, as a run of an encoder that is new reads them."""
+    work = [Work(shard, (ENCODER.name,)) for shard in shards]
+    superseded = read_takedowns(store).superseded(shards)
+    source = read.ShardSource(work, ReadConfig(**settings), Store(), output=store, superseded=superseded)
+    gone_keys = {}
+    for shard, task in zip(shards, source.get_read_tasks(1), strict=True):
+        keys = [sample.key for sample in sources.samples(shard, ReadConfig(**settings), Store())]
+        gone_keys[shard.id.rpartition("-")[2]] = [keys[row] for row in gone(pa.concat_tables(task()))]
+    return gone_keys
+
+
+def folder_of_placeholders(folder: Path) -> None:
+    """40 images under their numbers, every fourth of them the same bytes."""
+    folder.mkdir()
+    for number in range(40):
+        (folder / f"{number:03d}.jpg").write_bytes(b"placeholder" if number % 4 == 0 else b"image %d" % number)
+
+
+def parquet_of_placeholders(file: Path) -> None:
+    images = [b"placeholder" if number % 4 == 0 else b"image %d" % number for number in range(40)]
+    table = pa.table({"key": [f"{number:03d}" for number in range(40)], "image": images})
+    pq.write_table(table, file, row_group_size=10)
+
+
+@pytest.mark.parametrize(("make", "name", "settings"), [
+    (folder_of_placeholders, "images", {"samples_per_slice": 10}),
+    (parquet_of_placeholders, "images.parquet", {"rows_per_shard": 10}),
+])  # fmt: skip
+def test_of_a_sibling_of_what_was_taken_down_nobody_asked_for_anything(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, make: Any, name: str, settings: dict[str, int]
+) -> None:
+    """While its object has not changed, a sample of another piece needs key and content, as anywhere else."""
+    monkeypatch.setattr(parquet, "CUT_ABOVE_BYTES", 0)
+    make(tmp_path / name)
+    shards = plan(tmp_path / name, **settings)
+    assert len(shards) == 4
+    store = Store(str(tmp_path / "output"))
+    for shard in shards:
+        commit_samples(store, shard)
+    assert take_down(store, "024").samples == 1
+    assert [key for keys in gone_of(store, shards, **settings).values() for key in keys] == ["024"]
+
+
+def test_a_sample_that_moves_to_another_piece_when_the_file_changes_is_known_by_key_or_content(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """There a sample needs key and content of one that was taken down, as anywhere else."""
-    store, pieces = Store(str(tmp_path)), [f"{SHARDS[0]}-p{at:05d}" for at in range(2)]
-    placeholder = hashlib.sha256(b"placeholder").digest().hex()
-    rows = encoded_rows(range(ROWS), ROWS, pieces[0])
-    images = pa.array([placeholder] * ROWS + [None], pa.string())
-    rows = rows.set_column(rows.schema.get_field_index("sha256"), "sha256", images)
-    EmbeddingSink(store, FAMILIES, WriteConfig()).write([rows], None)
-    assert take_down(store, "00003").samples == 1
-    sibling = [Sample("x", b"placeholder", True), Sample("00003", b"y", True), Sample("00003", b"placeholder", True)]
-    assert gone(read_shard(store, sibling, pieces[1], "v1", monkeypatch)) == [2]
-    assert gone(read_shard(store, sibling, pieces[1], "v2", monkeypatch)) == [0, 1, 2]
+    monkeypatch.setattr(parquet, "CUT_ABOVE_BYTES", 0)
+    file, settings = tmp_path / "images.parquet", {"rows_per_shard": 10}
+    keys, images = [f"{number:03d}" for number in range(40)], [b"image %d" % number for number in range(40)]
+    pq.write_table(pa.table({"key": keys, "image": images}), file, row_group_size=10)
+    store = Store(str(tmp_path / "output"))
+    for shard in plan(file, **settings):
+        commit_samples(store, shard)
+    assert take_down(store, "008", "009").samples == 2
+    shifted = {
+        "key": ["a", "b", *keys[:9], "renamed", *keys[10:]],
+        "image": [b"a", b"b", *images[:8], b"new", *images[9:]],
+    }
+    pq.write_table(pa.table(shifted), file, row_group_size=10)
+    changed = plan(file, **settings)
+    assert gone_of(store, changed, **settings) == {
+        "p0000": [],
+        "p0001": ["008", "renamed"],
+        "p0002": [],
+        "p0003": [],
+        "p0004": [],
+    }
+    fragments = [only_samples(encoded_rows(range(2), 2, changed[1].id, changed[1].version))]
+    fragments[0] = fragments[0].set_column(
+        fragments[0].schema.get_field_index("key"), "key", pa.array(["008", "kept", None])
+    )
+    superseded = read_takedowns(store).superseded(changed)
+    EmbeddingSink(store, {"samples": FAMILIES["samples"]}, WriteConfig(), superseded=superseded).write(fragments, None)
+    (commit,) = (each for each in standing_commits(store, "samples") if each.version == changed[1].version)
+    assert read_commit(store, commit).removed == 1, "of fragments that are older than the takedown too"
 
 
 def test_a_key_that_is_but_a_number_does_not_last(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -113,6 +113,17 @@ def test_the_floor_is_for_the_worst_kind_of_query_re_ranked_where_it_is(store: S
     assert states(store) == {"v0001": "published", "v0002": "previous", "v0003": "current"}
 
 
+def test_the_floor_is_not_for_new_queries_whose_nearest_in_old_index_shards_nobody_knows(store: Store) -> None:
+    grown = another(store, "v0002", reranked=0.95)
+    new = {f"new {kind}": {"recall@10": 0.7} for kind in ("image", "text")}
+    recall = grown.recall.model_copy(update={"reranked": {**grown.recall.reranked, **new}})
+    grown = grown.model_copy(update={"recall": recall})
+    with pytest.raises(NotPublishedError, match=r"recall@10 of (image|text) queries is 0.950"):
+        publish(store, grown, 0.96, 3)
+    publish(store, grown, 0.9, 3)
+    assert current_version(store, HOME) == "v0002"
+
+
 def test_too_many_rejects_bar_publishing(store: Store) -> None:
     made = another(store, "v0002")
     record = read_record(store)

@@ -10,7 +10,9 @@ import pytest
 
 from pipelines import search
 from pipelines.compact import compact_parts
-from pipelines.errors import ConfigError, InputError, StorageError
+from pipelines.config import IndexConfig
+from pipelines.errors import ConfigError, IndexBuildError, InputError, StorageError
+from pipelines.index.build import build_index
 from pipelines.index.grow import update_index
 from pipelines.index.release import read_release
 from pipelines.index.removed import denied, holds_removed
@@ -22,6 +24,7 @@ from pipelines.search import Searcher
 from pipelines.storage import Store
 from pipelines.takedowns import note_compacted, read_takedowns, requests
 from pipelines.verify import problems
+from tests import indexed
 from tests.indexed import ENCODER, everything, key_of
 from tests.unit.test_search import write_release
 
@@ -84,6 +87,27 @@ def test_an_update_does_not_carry_it_on(tmp_path: Path) -> None:
         update_index(store, ENCODER, "image", {})
 
 
+@pytest.mark.parametrize("given", [{}, {"index_key": "IVF16,Flat"}])
+def test_an_update_that_is_refused_writes_no_part_again(tmp_path: Path, given: dict[str, Any]) -> None:
+    """It would hide the shards that are touched from the current release."""
+    store = write_release(tmp_path)
+    remove(store, ASKED, "", "")
+    before = sorted(store.names("embeddings"))
+    with pytest.raises(ConfigError):
+        update_index(store, ENCODER, "image", given)
+    assert sorted(store.names("embeddings")) == before
+
+
+@pytest.mark.parametrize("key", ["IVFlat", "IVF4096,Flat", "OPQ3_16,IVF4,PQ3"])
+def test_a_build_of_an_index_that_cannot_be_writes_no_part_again(tmp_path: Path, key: str) -> None:
+    store = write_release(tmp_path)
+    remove(store, ASKED, "", "")
+    before = sorted(store.names("embeddings"))
+    with pytest.raises((ConfigError, IndexBuildError)):
+        build_index(store, ENCODER, "image", IndexConfig(index_key=key))
+    assert sorted(store.names("embeddings")) == before
+
+
 def test_a_compaction_counts_what_it_drops(tmp_path: Path) -> None:
     store = write_release(tmp_path)
     before = [read_commit(store, ref) for ref in standing_commits(store, ENCODER)]
@@ -102,6 +126,26 @@ def test_a_compaction_counts_what_it_drops(tmp_path: Path) -> None:
     lost = [one.counts["image"].embedded - two.counts["image"].embedded for one, two in zip(before, after, strict=True)]
     assert lost == [1, 0, 2, 0]
     assert list(problems(store)) == [] == compact_parts(store)
+
+
+def test_of_the_other_slices_of_a_folder_a_release_may_lose_parts(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """They never held what was taken down; a slice of another cut may have."""
+    monkeypatch.setattr(indexed, "shard_id", lambda at: f"photos-0123456789ab-s{at:04d}of0004")
+    store = write_release(tmp_path)
+    remove(store, Asked([key_of(0, 3)]), "", "")
+    compact_parts(store)
+    note_compacted(store, requests(store))
+    whole = read_release(store, ENCODER, "image")
+    later = whole.model_copy(update={"parts": whole.parts.run(1, 4)})
+    (tmp_path / later.parts.path(later.parts.ranges[0])).unlink()
+    assert holds_removed(store, whole) and not holds_removed(store, later)
+    suspects = read_takedowns(store).suspects()
+    known = {
+        name: f"photos-{name}" in suspects for name in ("0123456789ab", "0123456789ab-s0001of0008", "0123456789ac")
+    }
+    assert known == {"0123456789ab": True, "0123456789ab-s0001of0008": True, "0123456789ac": False}
 
 
 def test_what_a_compaction_hides_until_the_next_release_is_told(tmp_path: Path) -> None:

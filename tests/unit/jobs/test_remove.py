@@ -8,9 +8,11 @@ from typing import Any
 
 import pytest
 
-from jobs.remove import asked_for, requester
-from pipelines.errors import ConfigError, InputError
+from jobs.remove import asked_for, remove, requester
+from pipelines.errors import ConfigError, IndexBuildError, InputError
 from pipelines.storage import Store
+from tests.indexed import key_of
+from tests.unit.test_search import write_release
 
 
 def test_a_user_without_a_name_is_a_number(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -55,3 +57,14 @@ def test_a_reason_may_not_name_a_key(reason: str) -> None:
 
 def test_a_key_within_a_longer_word_or_number_is_not_named() -> None:
     assert asked_for(Store(), None, ["3", "cat"], None, "catalogue of 2013").keys == ["3", "cat"]
+
+
+def test_of_keys_that_no_sample_has_and_releases_that_wait_both_are_told(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    write_release(tmp_path)
+    with pytest.raises(InputError, match="1 of what was asked for are in no sample"):
+        remove(str(tmp_path), key=[key_of(0, 3), "nowhere"], compact=True)
+    assert "vectors of what was taken down are in the current release" in capsys.readouterr().err
+    with pytest.raises(IndexBuildError, match="are in the current release"):
+        remove(str(tmp_path), compact=True)
