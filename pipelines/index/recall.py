@@ -88,7 +88,7 @@ def empty_top(queries: int) -> Top:
 def exact_in_batch(queries: Vectors, first: int, batch: Vectors, k: int, metric: str) -> Top:
     """By brute force among float32 [n, dim] vectors whose ids start at `first`. metric: of EXACT_METRICS."""
     if metric == "cosine":
-        queries, batch = _unit(queries), _unit(batch)
+        queries, batch = unit(queries), unit(batch)
     scores, positions = faiss.knn(queries, batch, min(k, len(batch)), metric=_FAISS[metric])
     return Top(positions.astype(np.int64) + first, scores)
 
@@ -96,7 +96,7 @@ def exact_in_batch(queries: Vectors, first: int, batch: Vectors, k: int, metric:
 _FAISS = {**METRICS, "cosine": faiss.METRIC_INNER_PRODUCT, "l1": faiss.METRIC_L1}
 
 
-def _unit(vectors: Vectors) -> Vectors:
+def unit(vectors: Vectors) -> Vectors:
     """Of length 1, or 0 where a vector is nothing but zeros."""
     lengths = np.linalg.norm(vectors, axis=1, keepdims=True)
     return np.asarray(vectors / np.where(lengths > 0, lengths, 1), np.float32)

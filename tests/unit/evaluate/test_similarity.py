@@ -15,10 +15,11 @@ from PIL import Image
 from pipelines.errors import ConfigError
 from pipelines.evaluate.similarity import Side, similarity
 from pipelines.evaluate.thumbnails import thumbnail
+from pipelines.index.recall import unit
 from pipelines.record import read_record
 from pipelines.storage import Store
 from tests.indexed import ENCODER, everything, write_output
-from tests.unit.evaluate.outputs import describe, label_of
+from tests.unit.evaluate.outputs import describe, label_of, replace_vectors
 
 
 @pytest.fixture(scope="module")
@@ -38,11 +39,9 @@ def test_matched_pairs_are_of_one_sample_and_auc_is_counted_pair_by_pair(root: P
     matrix = np.load(Path(figures["folder"]) / "matrix.npy")
     assert matrix.shape == (60, 60) and figures["items"] == 60
     items, vectors = everything(root, "text")
-    images = dict(
-        zip(
-            [(item.shard, item.row) for item in everything(root, "image")[0]], everything(root, "image")[1], strict=True
-        )
-    )
+    pictured, pictures = everything(root, "image")
+    vectors, pictures = unit(vectors), unit(pictures)
+    images = dict(zip([(item.shard, item.row) for item in pictured], pictures, strict=True))
     own = {tuple(vector): (item.shard, item.row) for item, vector in zip(items, vectors, strict=True)}
     assert set(np.diag(matrix).round(4)) <= {np.float32(np.dot(vector, images[own[vector]])).round(4) for vector in own}
     matched, unmatched = figures["matched"]["pairs"], figures["unmatched"]["pairs"]
@@ -53,7 +52,7 @@ def test_matched_pairs_are_of_one_sample_and_auc_is_counted_pair_by_pair(root: P
 def test_a_set_with_itself_is_matched_by_label_without_the_diagonal(root: Path) -> None:
     figures = similarity(side(root, "image"), side(root, "image"), sample=10**4)
     items, vectors = everything(root, "image")
-    scores = vectors @ vectors.T
+    scores = unit(vectors) @ unit(vectors).T
     labels = [label_of(item.row) for item in items]
     same = np.array([[a == b and a is not None for b in labels] for a in labels])
     np.fill_diagonal(same, False)
@@ -71,6 +70,20 @@ def test_a_set_with_itself_is_matched_by_label_without_the_diagonal(root: Path) 
         scores[np.ix_(block, [label == names[1] for label in labels])].mean(), abs=1e-4
     )
     assert figures["modality_gap"] == 0
+
+
+def test_scores_are_cosines_whatever_the_length(tmp_path: Path) -> None:
+    write_output(tmp_path, parts=1, normalize=False)
+
+    def measured() -> dict[str, Any]:
+        return similarity(side(tmp_path, "image"), side(tmp_path, "text"), sample=50)
+
+    before = measured()
+    replace_vectors(tmp_path / "embeddings" / ENCODER / "image", lambda vectors: 10 * vectors)
+    after = measured()
+    for name in ("matched", "unmatched"):
+        assert after[name] == pytest.approx(before[name], abs=1e-3)
+    assert after["modality_gap"] == pytest.approx(before["modality_gap"], abs=1e-3)
 
 
 def test_two_outputs_meet_by_key(root: Path, tmp_path: Path) -> None:
