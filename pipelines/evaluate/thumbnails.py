@@ -80,7 +80,8 @@ def thumbnail(inputs: Store, sample: dict[str, Any], side: int = SIDE) -> Thumbn
         return Thumbnail(None, "the input is gone")
     except VecmillError as error:
         return Thumbnail(None, error.what)
-    except (OSError, ValueError, pa.ArrowException, Image.DecompressionBombError) as error:
+    except Exception as error:
+        # Of bytes that are no image, or no archive, Pillow and gzip raise all kinds of errors, SyntaxError among them.
         return Thumbnail(None, f"{type(error).__name__}: {error}"[:200])
 
 

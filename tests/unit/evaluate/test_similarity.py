@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import gzip
 import io
 import tarfile
 from hashlib import sha256
@@ -166,7 +167,13 @@ def test_what_cannot_be_shown_has_a_reason(tmp_path: Path) -> None:
     gone = tmp_path / "gone.tar"
     (tmp_path / "other.png").write_bytes(picture("blue"))
     (tmp_path / "bad.png").write_bytes(b"no image")
+    packed = gzip.compress(np.random.default_rng(0).bytes(20_000))
+    (tmp_path / "cut.tar.gz").write_bytes(packed[:5_000])
+    (tmp_path / "spoilt.tar.gz").write_bytes(packed[:10] + b"\xff" * 5_000)
+    inside = {"offset": 9_000, "length": 100}
     cases = {
+        "EOFError": sample_of(tmp_path / "cut.tar.gz", data, **inside),
+        "invalid block type": sample_of(tmp_path / "spoilt.tar.gz", data, **inside),
         "gone": sample_of(gone, data, offset=512, length=10),
         "not_found": sample_of(tmp_path / "gone.png", data),
         "changed": sample_of(tmp_path / "other.png", data),
