@@ -256,7 +256,7 @@ def _with_thumbnails(axes: Any, one: Side, other: Side, rows: Drawn, columns: Dr
 def _mark(axes: Any, side: Side, sample: dict[str, Any], at: tuple[float, float], off: tuple[int, int]) -> None:
     """The picture of a sample beside the matrix; of a text, its first words."""
     if side.modality == "text":
-        words = " ".join(((sample["captions"] or [None])[0] or sample["key"]).split()[:4])
+        words = " ".join((sample["caption"] or sample["key"]).split()[:4])
         down = off[0] == 0
         axes.annotate(
             words,
