@@ -14,7 +14,13 @@ from pipelines.errors import ConfigError
 from pipelines.search import choose_encoder
 
 Threshold = Annotated[
-    float, typer.Option(min=-1, max=1, help="Cosine from which two are near-duplicates; it depends on the encoder.")
+    float,
+    typer.Option(
+        min=-1,
+        max=1,
+        help="Cosine from which two are near-duplicates; it depends on the encoder. An index, of float16, is asked for "
+        "0.999 at most.",
+    ),
 ]
 Neighbours = Annotated[int, typer.Option("-k", min=1, help="Neighbours looked at for each item.")]
 KeepWhich = Annotated[str, typer.Option("--keep", help="first, or largest: the image of most pixels of a group.")]
@@ -64,6 +70,12 @@ def duplicates(
         markup=False,
     )
     show_groups(output, summary)
+    if summary["came_since"]:
+        out.print(
+            f"{summary['came_since']:,} items have come since release {summary['release']} and were not looked at; run "
+            "`vecmill index --update` first",
+            markup=False,
+        )
     for name, why in NOT_REMOVED.items():
         if summary[name]:
             out.print(f"{summary[name]:,} keys {why}: they are not in remove.txt")

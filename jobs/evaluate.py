@@ -28,7 +28,12 @@ Identity = Annotated[
     str | None, typer.Option(metavar="FIELD", help="Metadata field of who it is, for the identity protocol.")
 ]
 Fold = Annotated[
-    int | None, typer.Option(min=2, help="Cut the samples into folds of so many, as Karpathy's 1K test; means of all.")
+    int | None,
+    typer.Option(
+        min=2,
+        help="Cut the samples into folds of so many, as Karpathy's 1K test; means of all. Of captions alone: all of "
+        "them ask, and without the index.",
+    ),
 ]
 Sample = Annotated[
     int | None,

@@ -114,11 +114,12 @@ class Searcher:
         self._require_shape(queries)
         k = min(k, self.parts.rows)
         allowed = both(self.findable(), among)
+        ask = partial(self._found, among=allowed)
         if not self._stored:
-            return with_ties(lambda count: self._found(queries, count, allowed), min(k * blocks, self.parts.rows))
+            return with_ties(ask, queries, min(k * blocks, self.parts.rows))
         size = candidates(k, self.rerank)
         wanted = min(size * blocks, self.parts.rows)
-        found = with_ties(lambda count: self._found(queries, count, allowed), wanted)
+        found = with_ties(ask, queries, wanted)
         return rerank_in_blocks(queries, found, self._stored, k, size, blocks, self.metric)
 
     def _require_shape(self, queries: Vectors) -> None:

@@ -43,16 +43,18 @@ def write_output(
     encoder: str = ENCODER,
     row_group: int = 64,
     first: int = 0,
+    normalize: bool = True,
 ) -> Store:
-    """An output of `parts` shards, each around a centre of its own; every 17th row is a reject."""
+    """An output of `parts` shards, each around a centre of its own; every 17th row is a reject. normalize: what
+    `run.json` says of the vectors, which are of unit length."""
     store = Store(str(root))
     for at in range(first, first + parts):
         write_shard(root, at, rows, dim, seed, dtype, encoder, row_group)
-    write_run(store, encoder, dim, dtype)
+    write_run(store, encoder, dim, dtype, normalize)
     return store
 
 
-def write_run(store: Store, encoder: str, dim: int, dtype: str) -> None:
+def write_run(store: Store, encoder: str, dim: int, dtype: str, normalize: bool = True) -> None:
     spec = EncoderSpec(
         name="hf:tiny",
         family="hf",
@@ -61,6 +63,7 @@ def write_run(store: Store, encoder: str, dim: int, dtype: str) -> None:
         image=None,
         context_length=8,
         weights="0" * 64,
+        normalize=normalize,
         dtype="float16" if dtype == "float16" else "float32",
     )
     record = EncoderRecord(

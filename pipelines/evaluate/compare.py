@@ -126,7 +126,7 @@ def _nearest(items: StoredItems, codes: Ids, k: int) -> Top:
     """Of each query's image the k nearest others, exactly."""
     own = first_with(items, codes)
     queries = collect_any(items, own, TILE_ROWS).vectors
-    return without(exact(queries, batches(items.store, items.parts), k + 1, "ip"), own)
+    return without(exact(queries, batches(items.store, items.parts), k + 1, "ip", items.findable), own)
 
 
 def overlap(one: Ids, other: Ids) -> float:
@@ -144,7 +144,7 @@ def _card(rival: Contender, items: StoredItems, wanted: Wanted) -> dict[str, Any
         "name": rival.name,
         "model": record.spec["name"],
         "fingerprint": record.fingerprint,
-        "images": items.parts.rows,
+        "images": items.findable.total if items.findable else items.parts.rows,
         "dim": items.dim,
         "bytes_per_vector": numbers * items.dim,
         "index_bytes_per_vector": sum(release.bytes_per_vector.values()) if release else None,

@@ -16,18 +16,24 @@ from scipy.sparse import coo_matrix
 from scipy.sparse.csgraph import connected_components
 
 from pipelines.contracts import Modality
+from pipelines.errors import ConfigError
 from pipelines.evaluate.groups import read_samples
 from pipelines.evaluate.items import require_one_vector
-from pipelines.index.parts import Ids, PartRange, Vectors, batches, open_part
-from pipelines.index.recall import Top
+from pipelines.index.parts import Ids, PartRange, Parts, Vectors, batches, list_grown, open_part
+from pipelines.index.recall import ROUNDING, Top
+from pipelines.index.removed import not_removed
 from pipelines.index.selection import Selection, end_of
+from pipelines.record import read_record
 from pipelines.search import Searcher
 from pipelines.storage import Store, scratch_folder
+from pipelines.takedowns import read_takedowns
 
 Keep = Literal["first", "largest"]
 Say = Callable[[str], None]
 GROUPS, KEEP, REMOVE, SUMMARY = "groups.parquet", "keep.txt", "remove.txt", "summary.json"
 QUERIES_AT_ONCE = 4_096
+HALF_ROUNDING = 1e-3
+"""Of a cosine that an index gives: float16 makes unit vectors a little longer or shorter."""
 SAID = 10
 """Lines of progress."""
 
@@ -47,7 +53,7 @@ SCHEMA = pa.schema(
 
 @dataclass(frozen=True)
 class Sought:
-    """threshold: least inner product of a pair (cosine, of unit vectors). k: neighbours looked at for each item; a
+    """threshold: least cosine of a pair, but for rounding. k: neighbours looked at for each item; a
     group of any size is found through pairs, if each member has one of its group among them. keep: which of a group
     stays: the first, or the image of most pixels (the first of these)."""
 
@@ -98,13 +104,15 @@ class Groups:
 @dataclass(frozen=True)
 class Found:
     """By id. roots: the first of its group. sizes: of the group that it is the first of. nearest: as `Groups` has it.
-    stays: one of each group, and what is in none. findable: what was not taken down."""
+    stays: one of each group, and what is in none. findable: what was not taken down. later: parts that have come since
+    the release, in which nothing is looked for."""
 
     roots: Ids
     sizes: Ids
     nearest: Vectors
     stays: np.ndarray[Any, Any]
     findable: Selection
+    later: Parts
 
 
 def find_duplicates(
@@ -118,8 +126,8 @@ def find_duplicates(
     """Groups, and lists of keys to keep and to remove, written under `folder`; returns the summary that is there too.
 
     What was taken down is in none. Memory: the index if it fits `memory_mib`, else a shard of it at a time; 40 bytes an
-    item; the keys to remove. Raises: ConfigError, IndexBuildError where there is no index and exact search is not
-    asked for.
+    item; the keys to remove. Raises: ConfigError, of an index of vectors that are not of unit length too;
+    IndexBuildError where there is no index and exact search is not asked for.
     """
     searcher = _searcher(store, encoder, modality, sought)
     require_one_vector(searcher.parts)
@@ -129,27 +137,45 @@ def find_duplicates(
     roots = groups.all_roots()
     sizes = np.bincount(roots, minlength=len(roots))
     stays = _staying(store, searcher, roots, sizes, sought.keep)
-    found = Found(roots, sizes, groups.nearest, stays, findable)
+    found = Found(roots, sizes, groups.nearest, stays, findable, _later_parts(searcher))
     summary = {
         "encoder": encoder,
         "modality": modality,
-        "release": searcher.release.version if searcher.release and not sought.exact else None,
+        "release": _release_of(searcher, sought),
         **{name: getattr(sought, name) for name in ("threshold", "k", "keep", "exact")},
         "items": findable.total,
+        "came_since": _findable_in(store, found.later),
         "groups": int((sizes > 1).sum()),
         "in_groups": int(sizes[sizes > 1].sum()),
         "remove": int((~stays).sum()),
         "largest": int(sizes.max(initial=0)),
-        **_write(store, searcher, target, found),
+        **_write(store, searcher.parts, target, found),
         "folder": store.uri(target),
     }
     store.put_atomic(f"{target}/{SUMMARY}", json.dumps(summary, indent=2).encode())
     return summary
 
 
+def _release_of(searcher: Searcher, sought: Sought) -> str | None:
+    """That was looked in; None where everything there is now was."""
+    release = searcher.release if sought.release or not sought.exact else None
+    return release.version if release else None
+
+
+def _later_parts(searcher: Searcher) -> Parts:
+    grown = list_grown(searcher.store, searcher.parts)
+    return grown.run(len(searcher.parts.ranges), len(grown.ranges))
+
+
+def _findable_in(store: Store, parts: Parts) -> int:
+    allowed = not_removed(store, parts, read_takedowns(store))
+    return sum(allowed.count(part.offset, part.offset + part.rows) if allowed else part.rows for part in parts.ranges)
+
+
 def _searcher(store: Store, encoder: str, modality: Modality, sought: Sought) -> Searcher:
     if sought.exact:
-        return Searcher(store, encoder, modality, sought.release, exact=True, metric="ip")
+        return Searcher(store, encoder, modality, sought.release, exact=True, metric="cosine")
+    _require_cosines(store, encoder)
     one_by_one = Searcher(store, encoder, modality, sought.release, resident=False)
     release = one_by_one.release
     whole = sum(shard.bytes for shard in release.shards) if release else 0
@@ -158,23 +184,33 @@ def _searcher(store: Store, encoder: str, modality: Modality, sought: Sought) ->
     return Searcher(store, encoder, modality, sought.release)
 
 
+def _require_cosines(store: Store, encoder: str) -> None:
+    if not read_record(store).encoders[encoder].encoder_spec(store.options).normalize:
+        raise ConfigError(
+            f"embeddings/{encoder} has vectors that are not of unit length: what an index says of them is no cosine",
+            "Compare with --exact, or embed without normalize=false.",
+        )
+
+
 def connect(searcher: Searcher, sought: Sought, findable: Selection, say: Say = lambda line: None) -> Groups:
     """Asks for every findable item's neighbours, and joins those that are near enough."""
     groups, done, total = Groups(end_of(searcher.parts)), 0, findable.total
+    least = min(sought.threshold, 1 - (ROUNDING if sought.exact else HALF_ROUNDING))
     for first, batch in batches(searcher.store, findable.of(searcher.parts)):
         for at in range(0, len(batch), QUERIES_AT_ONCE):
             there = np.flatnonzero(findable.mask(first + at, first + min(at + QUERIES_AT_ONCE, len(batch)))) + at
             top = searcher.nearest(batch[there], sought.k + 1, findable)
-            groups.join(*_pairs(top, first + there, searcher.metric, sought.threshold))
+            groups.join(*_pairs(top, first + there, searcher.metric, least))
             done += len(there)
             if done * SAID // total > (done - len(there)) * SAID // total:
                 say(f"{done:,} of {total:,} looked at")
     return groups
 
 
-def _pairs(top: Top, asked: Ids, metric: str, threshold: float) -> tuple[Ids, Ids, Vectors]:
-    scores = top.scores if metric == "ip" else 1 - top.scores / 2
-    query, place = np.nonzero((scores >= threshold) & (top.ids >= 0) & (top.ids != asked[:, None]))
+def _pairs(top: Top, asked: Ids, metric: str, least: float) -> tuple[Ids, Ids, Vectors]:
+    """metric: of unit vectors, so that its scores tell the cosine."""
+    scores = np.minimum(1 - top.scores / 2 if metric == "l2" else top.scores, 1)
+    query, place = np.nonzero((scores >= least) & (top.ids >= 0) & (top.ids != asked[:, None]))
     return asked[query], top.ids[query, place], scores[query, place]
 
 
@@ -183,7 +219,7 @@ def _staying(store: Store, searcher: Searcher, roots: Ids, sizes: Ids, keep: Kee
     if keep == "first":
         return np.asarray(roots == np.arange(len(roots)))
     best, most = np.arange(len(roots)), np.full(len(roots), -1)
-    for part, rows, _ in _members(store, searcher):
+    for part, rows, _ in _members(store, searcher.parts):
         ids = np.arange(part.offset, part.offset + part.rows)
         pixels = _pixels(store, part, rows)
         for at in np.flatnonzero(sizes[roots[ids]] > 1):
@@ -199,37 +235,39 @@ def _pixels(store: Store, part: PartRange, rows: Ids) -> Ids:
     return np.asarray((width * height)[np.searchsorted(table["row"].to_numpy(), rows)])
 
 
-def _members(store: Store, searcher: Searcher) -> Iterator[tuple[PartRange, Ids, pa.Table]]:
+def _members(store: Store, parts: Parts) -> Iterator[tuple[PartRange, Ids, pa.Table]]:
     """Of each part its rows, and all but the vectors."""
-    for part in searcher.parts.ranges:
+    for part in parts.ranges:
         if part.gone:
             continue
-        with open_part(store, searcher.parts.path(part)) as stream, pq.ParquetFile(stream, pre_buffer=False) as file:
+        with open_part(store, parts.path(part)) as stream, pq.ParquetFile(stream, pre_buffer=False) as file:
             names = [name for name in file.schema_arrow.names if name != "embedding"]
             table = file.read(names, use_threads=False)
         yield part, table["row"].to_numpy(), table
 
 
-def _write(store: Store, searcher: Searcher, folder: str, found: Found) -> dict[str, int]:
-    """The files. Returns how many keys of what should go are not in the removal list: those that a sample which stays
-    has too, since `remove` takes all that have it, and those that are no line of a file."""
+def _write(store: Store, parts: Parts, folder: str, found: Found) -> dict[str, int]:
+    """The files. Returns how many keys of what should go are not in the removal list: those that a sample which stays,
+    or has come since, has too, since `remove` takes all that have it, and those that are no line of a file."""
     with scratch_folder() as scratch:
         local = {name: Path(scratch) / name for name in (GROUPS, KEEP, REMOVE)}
         going: set[str] = set()
         staying_keys: set[str] = set()
-        for part, _, table in _members(store, searcher):
+        for part, _, table in _members(store, parts):
             mine = found.stays[part.offset : part.offset + part.rows]
             going |= set(table["key"].filter(pa.array(~mine)).to_pylist())
         with ExitStack() as stack:
             file = stack.enter_context(pq.ParquetWriter(local[GROUPS], SCHEMA))
             keep = stack.enter_context(local[KEEP].open("w", encoding="utf-8"))
-            for part, _, table in _members(store, searcher):
+            for part, _, table in _members(store, parts):
                 first, stop = part.offset, part.offset + part.rows
                 file.write_table(_rows(table, found, first, stop))
                 there = found.stays[first:stop] & found.findable.mask(first, stop)
                 kept = table["key"].filter(pa.array(there)).to_pylist()
                 staying_keys |= going.intersection(kept)
                 keep.writelines(f"{key}\n" for key in kept)
+        for _, _, table in _members(store, found.later):
+            staying_keys |= going.intersection(table["key"].to_pylist())
         lines = {key for key in going if is_line(key)}
         local[REMOVE].write_text("".join(f"{key}\n" for key in sorted(lines - staying_keys)), encoding="utf-8")
         for name, path in local.items():

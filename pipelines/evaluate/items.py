@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 import pyarrow.parquet as pq
@@ -35,6 +35,14 @@ class Tile:
 
     def of(self, which: NDArray[Any] | slice) -> Tile:
         return Tile(self.ids[which], self.codes[which], self.vectors[which])
+
+
+class ItemPlace(NamedTuple):
+    """Where an item's sample is told of. caption_index: which caption the vector is of, None of an image."""
+
+    part: str
+    row: int
+    caption_index: int | None = None
 
 
 class Items(Protocol):
@@ -175,14 +183,17 @@ def first_with(items: Items, codes: Ids) -> Ids:
     return np.where(found == none, OUTSIDE, found)[inverse]
 
 
-def places_of(items: StoredItems, ids: Ids) -> list[tuple[str, int]]:
-    """(part, row of the sample) of each id, in their order."""
-    found: dict[int, tuple[str, int]] = {}
+def places_of(items: StoredItems, ids: Ids) -> list[ItemPlace]:
+    """Of each id, in their order."""
+    found: dict[int, ItemPlace] = {}
     for part in items.parts.ranges:
         mine = np.unique(ids[(ids >= part.offset) & (ids < part.offset + part.rows)])
         if len(mine):
-            rows = take(items.store, items.parts.path(part), mine - part.offset, ["row"])["row"].to_pylist()
-            found |= {id: (part.name, row) for id, row in zip(mine.tolist(), rows, strict=True)}
+            # Of captions alone there is the second column.
+            table = take(items.store, items.parts.path(part), mine - part.offset, ["row", "caption_index"])
+            found |= {
+                id: ItemPlace(part.name, **place) for id, place in zip(mine.tolist(), table.to_pylist(), strict=True)
+            }
     return [found[id] for id in ids.tolist()]
 
 

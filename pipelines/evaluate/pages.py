@@ -31,10 +31,9 @@ def markup(element: str) -> Markup:
 
 def shown(sample: dict[str, Any], small: Thumbnail, note: str = "") -> dict[str, Any]:
     """A sample as the macro `picture` takes it."""
-    caption = next((text for text in sample["captions"] or [] if text), "")
     return {
         "key": sample["key"],
-        "caption": caption,
+        "caption": sample["caption"],
         "image": small.data_uri,
         "reason": small.reason,
         "note": note or sample["key"],

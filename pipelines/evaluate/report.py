@@ -14,7 +14,7 @@ from pipelines.contracts import Modality
 from pipelines.errors import VecmillError
 from pipelines.evaluate.charts import COLOURS, figure, svg
 from pipelines.evaluate.groups import Groups
-from pipelines.evaluate.items import collect, draw, stored
+from pipelines.evaluate.items import ItemPlace, collect, draw, stored
 from pipelines.evaluate.pages import markup, page, shown
 from pipelines.evaluate.retrieval import kept_at, require_comparable
 from pipelines.evaluate.statistics import CAPTIONS, SIDES, WORDS, Statistics, statistics
@@ -329,7 +329,7 @@ def _search(store: Store, encoder: str, asks: Modality, seed: int) -> dict[str, 
 def _answer(store: Store, asks: Modality, asked: Origin, hits: list[Hit]) -> dict[str, Any]:
     own = (asked.shard, asked.row)
     kept = [hit for hit in hits if asks == "text" or (hit.shard, hit.row) != own][:HITS]
-    [sample, *found] = samples_at(store, [(each.part, each.row) for each in (asked, *kept)])
+    [sample, *found] = samples_at(store, [ItemPlace(each.part, each.row) for each in (asked, *kept)])
     [small, *pictures] = thumbnails(store, [sample, *found])
     return {
         "asked": asked.caption or asked.key,

@@ -8,7 +8,7 @@ label: image→image, a hit is any other image of the same label.
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from typing import Any, Literal
@@ -32,7 +32,7 @@ from pipelines.evaluate.items import (
 )
 from pipelines.evaluate.metrics import DEPTHS, Ranks, at_depths, ranks_in_order
 from pipelines.evaluate.ranking import Room, count_relevant, exact_figures
-from pipelines.index.parts import Ids, Vectors
+from pipelines.index.parts import Ids, NoVectorsError, Vectors
 from pipelines.index.recall import without
 from pipelines.index.release import latest_or_none
 from pipelines.record import read_record
@@ -48,6 +48,7 @@ DIRECTIONS: dict[Protocol, list[tuple[Modality, Modality]]] = {
 }
 ROUNDING = 1e-6
 """Of a score of unit vectors in float32: that of equal vectors differs by it with their places in a batch."""
+WHERE_LABELS_ARE = "Labels are the sub-folders of an input folder, or its column `label`."
 PAIRS_AT_LEAST, QUERIES_AT_LEAST = 2 * 10**9, 1_000
 Say = Callable[[str], None]
 
@@ -56,8 +57,8 @@ Say = Callable[[str], None]
 class Asked:
     """What to evaluate. identity: the metadata's field that says who it is. split: of the samples that ask and are
     found. sample: queries of a direction at most, as many as make 2·10⁹ comparisons (1,000 at least) if None.
-    fold: samples in order are cut into folds of so many, each ranked by itself. release: that the index figures are
-    of, else the current one; index: whether there are any.
+    fold: samples in order are cut into folds of so many, each ranked by itself: captions alone, all that there are,
+    and exactly. release: that the index figures are of, else the current one; index: whether there are any.
     """
 
     protocols: tuple[Protocol, ...] = ()
@@ -106,12 +107,40 @@ def evaluate(store: Store, encoder: str, asked: Asked, say: Say = lambda line: N
 
 
 def measured(store: Store, encoder: str, asked: Asked, say: Say = lambda line: None) -> Iterator[Result]:
-    """`evaluate` without keeping anything, a direction at a time."""
-    for protocol in asked.protocols or fitting(store, encoder, asked, say):
-        for asks, finds in DIRECTIONS[protocol]:
-            require_comparable(store, encoder, asks, finds)
-            say(f"{protocol}: {asks} → {finds}")
-            yield _direction(store, encoder, protocol, asks, finds, asked)
+    """`evaluate` without keeping anything, a direction at a time. One of a protocol that nobody named is left out where
+    it cannot be followed, and `say` is told why; where none is left, the first reason is raised."""
+    protocols = asked.protocols or fitting(store, encoder, asked, say)
+    require_foldable(protocols, asked)
+    directions = [(protocol, *each) for protocol in protocols for each in DIRECTIONS[protocol]]
+    refused: list[ConfigError] = []
+    for protocol, asks, finds in directions:
+        say(f"{protocol}: {asks} → {finds}")
+        try:
+            result = _direction(store, encoder, protocol, asks, finds, asked)
+        except ConfigError as error:
+            if _is_named(protocol, asked):
+                raise
+            say(f"{protocol}: {asks} → {finds} is left out: {error.what}")
+            refused.append(error)
+        else:
+            yield result
+    if len(refused) == len(directions):
+        raise refused[0]
+
+
+def _is_named(protocol: Protocol, asked: Asked) -> bool:
+    """By itself, or by what no other protocol takes."""
+    return bool(asked.protocols or asked.fold) or protocol == "identity"
+
+
+def require_foldable(protocols: Sequence[Protocol], asked: Asked) -> None:
+    """Raises: ConfigError for folds of anything but images and their captions."""
+    if asked.fold and set(protocols) != {"captions"}:
+        others = ", ".join(name for name in protocols if name != "captions")
+        raise ConfigError(
+            f"Folds are of images with their captions, not of the protocol {others}",
+            "Give --fold with --protocol captions alone.",
+        )
 
 
 def kept_at(encoder: str) -> str:
@@ -119,23 +148,36 @@ def kept_at(encoder: str) -> str:
 
 
 def fitting(store: Store, encoder: str, asked: Asked, say: Say) -> list[Protocol]:
-    """The protocols that an output has vectors, captions and labels for. Raises: ConfigError where there are none."""
-    has = read_record(store).encoders[encoder].modalities
-    found: list[Protocol] = []
-    if {"image", "text"} <= set(has):
+    """The protocols that an output has vectors, captions and labels for; that of the identities, where these are named,
+    and captions, where folds are asked for, in any case. Raises: ConfigError where there are none."""
+    found: list[Protocol] = ["identity"] if asked.identity else []
+    if asked.fold and not found:
+        say("folds are of captions: other protocols are left out")
+        return ["captions"]
+    if not found and _has_items(store, encoder, "text", Groups(store)):
         try:
             require_comparable(store, encoder, "image", "text")
-            found += ["identity"] if asked.identity else ["captions"]
+            found.append("captions")
         except ConfigError as error:
             say(f"captions are left out: {error.what}")
-    if "image" in has and any(True for _ in stored(store, encoder, "image", Groups(store, "label")).codes()):
+    if _has_items(store, encoder, "image", Groups(store, "label", asked.split)):
         found.append("label")
     if not found:
+        of = f" of the split {asked.split}" if asked.split else ""
         raise ConfigError(
-            f"{store.uri()} has neither comparable images and captions nor labels of {encoder}",
-            "Labels are the sub-folders of an input folder, or its column `label`.",
+            f"{store.uri()} has neither comparable images and captions nor labels{of} of {encoder}", WHERE_LABELS_ARE
         )
     return found
+
+
+def _has_items(store: Store, encoder: str, modality: Modality, groups: Groups) -> bool:
+    """Any at all, that are not OUTSIDE."""
+    if modality not in read_record(store).encoders[encoder].modalities:
+        return False
+    try:
+        return any(True for _ in stored(store, encoder, modality, groups).codes())
+    except NoVectorsError:
+        return False
 
 
 def require_comparable(store: Store, encoder: str, one: Modality, other: Modality) -> None:
@@ -156,18 +198,19 @@ def require_comparable(store: Store, encoder: str, one: Modality, other: Modalit
 
 
 def _direction(store: Store, encoder: str, protocol: Protocol, asks: Modality, finds: Modality, asked: Asked) -> Result:
+    require_comparable(store, encoder, asks, finds)
     groups = Groups(store, _by(protocol, asked), asked.split)
     questions, gallery = stored(store, encoder, asks, groups), stored(store, encoder, finds, groups)
     same = asks == finds
     if asked.fold:
-        return _in_folds(protocol, asks, finds, questions, gallery, asked, asked.fold)
+        return _in_folds(encoder, protocol, asks, finds, questions, gallery, asked, asked.fold)
     size = sum(len(ids) for ids, _ in gallery.codes())
     count = asked.sample or max(QUERIES_AT_LEAST, PAIRS_AT_LEAST // max(1, size))
     ids, total = draw(questions, count, asked.seed)
-    require_items(total, encoder, asks, asked)
+    require_items(total, encoder, protocol, asks, asked)
     queries = collect(questions, ids, asked.room.tile_rows(0, questions.dim))
     ranked = exact_figures(queries, gallery, asked.room, same)
-    require_answers(int(ranked.kept.sum()), protocol, asked)
+    require_answers(int(ranked.kept.sum()), protocol)
     queries = queries.of(ranked.kept)
     return Result(
         protocol,
@@ -189,17 +232,25 @@ def _by(protocol: Protocol, asked: Asked) -> str:
     return {"captions": "sample", "label": "label"}.get(protocol) or str(asked.identity)
 
 
-def require_items(total: int, encoder: str, modality: Modality, asked: Asked) -> None:
-    if not total:
-        of = f" of the split {asked.split}" if asked.split else ""
-        raise ConfigError(f"embeddings/{encoder} has no {modality} vectors{of} to ask with", "Check --queries.")
+def require_items(total: int, encoder: str, protocol: Protocol, modality: Modality, asked: Asked) -> None:
+    if total:
+        return
+    of = f" of the split {asked.split}" if asked.split else ""
+    having, fix = {
+        "captions": ("", "`vecmill status` tells what there is."),
+        "identity": (f" whose metadata have the field {asked.identity}", "Check --identity."),
+        "label": (" with a label", WHERE_LABELS_ARE),
+    }[protocol]
+    raise ConfigError(
+        f"embeddings/{encoder} has no {modality} vectors{of}{having} to ask with",
+        f"Check --queries. {fix}" if asked.split else fix,
+    )
 
 
-def require_answers(answerable: int, protocol: Protocol, asked: Asked) -> None:
+def require_answers(answerable: int, protocol: Protocol) -> None:
     if not answerable:
         raise ConfigError(
-            f"None of the queries has anything relevant by the protocol {protocol}",
-            f"Does the metadata have the field {asked.identity}?" if asked.identity else "Choose another --protocol.",
+            f"None of the queries has anything relevant by the protocol {protocol}", "Choose another --protocol."
         )
 
 
@@ -250,16 +301,24 @@ def wrong_first(hits: NDArray[np.bool_], scores: Vectors) -> NDArray[np.bool_]:
 
 
 def _in_folds(
-    protocol: Protocol, asks: Modality, finds: Modality, questions: Items, gallery: Items, asked: Asked, fold: int
+    encoder: str,
+    protocol: Protocol,
+    asks: Modality,
+    finds: Modality,
+    questions: Items,
+    gallery: Items,
+    asked: Asked,
+    fold: int,
 ) -> Result:
     """Means over the folds. What is left over at the end belongs to none."""
     asking, found = _held(questions, asked.room), _held(gallery, asked.room)
+    require_items(len(asking), encoder, protocol, asks, asked)
     folds = list(_folds(asking, found, fold))
     if not folds:
         raise ConfigError(f"There are fewer than {fold:,} samples to make a fold of", "Lower --fold.")
     ranked = [exact_figures(mine, HeldItems(theirs), asked.room, asks == finds) for mine, theirs in folds]
     ranked = [each for each in ranked if each.figures]
-    require_answers(len(ranked), protocol, asked)
+    require_answers(len(ranked), protocol)
     return Result(
         protocol,
         asks,

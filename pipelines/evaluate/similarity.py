@@ -20,6 +20,7 @@ from pipelines.evaluate.groups import OUTSIDE, Groups
 from pipelines.evaluate.items import Tile, codes_of, collect, collect_any, draw, first_with, places_of, stored
 from pipelines.evaluate.thumbnails import samples_at, thumbnail
 from pipelines.index.parts import Ids, Vectors
+from pipelines.index.recall import unit
 from pipelines.record import read_record, require_same
 from pipelines.storage import Store
 
@@ -42,7 +43,7 @@ class Side:
 
 @dataclass(frozen=True)
 class Drawn:
-    """Some items of a side, and their samples as `samples_at` gives them."""
+    """Some items of a side, with vectors of unit length, and their samples as `samples_at` gives them."""
 
     tile: Tile
     samples: list[dict[str, Any]]
@@ -87,8 +88,8 @@ def require_comparable(one: Side, other: Side) -> None:
 def similarity(one: Side, other: Side, sample: int = 1_000, seed: int = 0, folder: str | None = None) -> dict[str, Any]:
     """Figures, matrix and picture of a seeded sample, written under `folder` of the first output; returns the figures.
 
-    Matched are items of one sample; those of one label, where a set is compared with itself. Memory: a matrix of
-    the sample, its vectors, and a tile. Raises: ConfigError where the two cannot be compared.
+    Scores are cosines. Matched are items of one sample; those of one label, where a set is compared with itself.
+    Memory: a matrix of the sample, its vectors, and a tile. Raises: ConfigError where the two cannot be compared.
     """
     require_comparable(one, other)
     itself = (one.store.root, one.modality) == (other.store.root, other.modality)
@@ -122,7 +123,7 @@ def _of_itself(side: Side, sample: int, seed: int) -> tuple[Drawn, Drawn]:
     ids, _ = draw(items, sample, seed)
     tile = collect(items, ids, TILE_ROWS)
     codes = codes_of(replace(items, groups=Groups(side.store, "label")), ids)
-    drawn = Drawn(Tile(ids, codes, tile.vectors), samples_at(side.store, places_of(items, ids)))
+    drawn = Drawn(Tile(ids, codes, unit(tile.vectors)), samples_at(side.store, places_of(items, ids)))
     return drawn, drawn
 
 
@@ -138,9 +139,15 @@ def _in_pairs(one: Side, other: Side, sample: int, seed: int) -> tuple[Drawn, Dr
     if not len(ids):
         raise ConfigError(f"{one.name} and {other.name} have no sample in common", "Are they of the same input?")
     return (
-        Drawn(collect(mine, ids, TILE_ROWS), samples_at(one.store, places_of(mine, ids))),
-        Drawn(collect_any(theirs, partners, TILE_ROWS), samples_at(other.store, places_of(theirs, partners))),
+        Drawn(_unit_tile(collect(mine, ids, TILE_ROWS)), samples_at(one.store, places_of(mine, ids))),
+        Drawn(
+            _unit_tile(collect_any(theirs, partners, TILE_ROWS)), samples_at(other.store, places_of(theirs, partners))
+        ),
     )
+
+
+def _unit_tile(tile: Tile) -> Tile:
+    return replace(tile, vectors=unit(tile.vectors))
 
 
 def _order(rows: Drawn) -> Ids:
@@ -249,7 +256,7 @@ def _with_thumbnails(axes: Any, one: Side, other: Side, rows: Drawn, columns: Dr
 def _mark(axes: Any, side: Side, sample: dict[str, Any], at: tuple[float, float], off: tuple[int, int]) -> None:
     """The picture of a sample beside the matrix; of a text, its first words."""
     if side.modality == "text":
-        words = " ".join(((sample["captions"] or [None])[0] or sample["key"]).split()[:4])
+        words = " ".join((sample["caption"] or sample["key"]).split()[:4])
         down = off[0] == 0
         axes.annotate(
             words,

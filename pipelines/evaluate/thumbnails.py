@@ -18,6 +18,7 @@ from PIL import Image, ImageOps
 
 from pipelines.errors import VecmillError
 from pipelines.evaluate.groups import read_samples
+from pipelines.evaluate.items import ItemPlace
 from pipelines.sources.fetch import read_bounded
 from pipelines.sources.text import Fault
 from pipelines.storage import Store
@@ -44,14 +45,21 @@ class Thumbnail:
         return Image.open(io.BytesIO(self.jpeg)) if self.jpeg else Image.new("RGB", (SIDE, SIDE), "#d8d6d0")
 
 
-def samples_at(store: Store, wanted: Sequence[tuple[str, int]]) -> list[dict[str, Any]]:
-    """What `samples/` has, PLACE of it, of each (part, row), in their order; a part's samples are read once."""
+def samples_at(store: Store, wanted: Sequence[ItemPlace]) -> list[dict[str, Any]]:
+    """What `samples/` has, PLACE of it, of each item, in their order, and `caption`: the item's own, of an image the
+    first, "" without any. A part's samples are read once."""
     rows: dict[str, set[int]] = {}
-    for part, row in wanted:
+    for part, row, _ in wanted:
         rows.setdefault(part, set()).add(row)
     with ThreadPoolExecutor(THREADS) as pool:
         tables = dict(zip(rows, pool.map(lambda part: _rows(store, part, rows[part]), rows), strict=True))
-    return [tables[part][row] for part, row in wanted]
+    found = [(tables[part][row], index) for part, row, index in wanted]
+    return [{**sample, "caption": _caption(sample["captions"] or [], index)} for sample, index in found]
+
+
+def _caption(captions: Sequence[str | None], index: int | None) -> str:
+    told = captions if index is None else captions[index : index + 1]
+    return next((text for text in told if text), "")
 
 
 def _rows(store: Store, part: str, rows: set[int]) -> dict[int, dict[str, Any]]:

@@ -17,6 +17,8 @@ DEPTHS = (1, 10, 100)
 EXACT_METRICS = ("ip", "l2", "cosine", "l1")
 LARGER_IS_NEARER = ("ip", "cosine")
 TIES = (16, 512, 16_384)
+TIED_BYTES, RESULT_BYTES = 32 * 2**20, 12
+"""Of what queries with more equal scores get at once, and of an id with its score."""
 ROUNDING = 2e-6
 """Relative difference of two float32 scores of the same vector, as two ways of summing give it."""
 
@@ -42,6 +44,16 @@ class Top:
         late = None if self.late is None else self.late[:, first:stop]
         return Top(self.ids[:, first:stop], self.scores[:, first:stop], late)
 
+    def replaced(self, queries: Ids, by: Top) -> Top:
+        """With what `by` says of these queries, int64 [n]."""
+        ids, scores = self.ids.copy(), self.scores.copy()
+        ids[queries], scores[queries] = by.ids, by.scores
+        if self.late is None and by.late is None:
+            return Top(ids, scores)
+        late = np.zeros(ids.shape, bool) if self.late is None else self.late.copy()
+        late[queries] = False if by.late is None else by.late
+        return Top(ids, scores, late)
+
 
 def merge(tops: Iterable[Top], k: int, metric: str) -> Top:
     """The best k of several; equal scores in order of id, so that the cut into shards does not show."""
@@ -63,22 +75,30 @@ def best_first(ids: Ids, scores: Vectors, k: int, metric: str, late: NDArray[np.
     return Top(ids, scores, None if late is None else np.take_along_axis(late, order, axis=1))
 
 
-def with_ties(ask: Callable[[int], Top], k: int) -> Top:
-    """The k best of what gives so many as it is asked for; equal scores in order of id, at the cut too.
+def with_ties(ask: Callable[[Vectors, int], Top], queries: Vectors, k: int) -> Top:
+    """The k best of each query by what gives so many as it is asked for; equal scores in order of id, at the cut too.
 
-    FAISS leaves open which of several equal ones it gives. Where they go on beyond the k-th, it is asked for more of
-    them, up to TIES.
+    FAISS leaves open which of several equal ones it gives. Where they go on beyond the k-th, those queries are asked
+    again for more of them, up to TIES, so many at once that their results fit TIED_BYTES.
     """
-    for more in TIES:
-        top = ask(k + more)
-        if top.ids.shape[1] < k + more or not _tied(top, k):
-            break
-    return top.between(0, k)
+    top = ask(queries, k + TIES[0])
+    found, tied = top.between(0, k), _tied(top, k, k + TIES[0])
+    for wanted in (k + more for more in TIES[1:]):
+        still = [tied[:0]]
+        step = max(1, TIED_BYTES // (RESULT_BYTES * wanted))
+        for some in (tied[at : at + step] for at in range(0, len(tied), step)):
+            top = ask(queries[some], wanted)
+            found = found.replaced(some, top.between(0, k))
+            still.append(some[_tied(top, k, wanted)])
+        tied = np.concatenate(still)
+    return found
 
 
-def _tied(top: Top, k: int) -> bool:
-    """Whether, for any query, what is equal to the k-th may go on beyond the last."""
-    return bool(((top.scores[:, k - 1] == top.scores[:, -1]) & (top.ids[:, -1] >= 0)).any())
+def _tied(top: Top, k: int, asked: int) -> Ids:
+    """The queries for which what is equal to the k-th may go on beyond the last; none where that is all there is."""
+    if top.ids.shape[1] < asked:
+        return np.empty(0, np.int64)
+    return np.flatnonzero((top.scores[:, k - 1] == top.scores[:, -1]) & (top.ids[:, -1] >= 0))
 
 
 def empty_top(queries: int) -> Top:
@@ -88,7 +108,7 @@ def empty_top(queries: int) -> Top:
 def exact_in_batch(queries: Vectors, first: int, batch: Vectors, k: int, metric: str) -> Top:
     """By brute force among float32 [n, dim] vectors whose ids start at `first`. metric: of EXACT_METRICS."""
     if metric == "cosine":
-        queries, batch = _unit(queries), _unit(batch)
+        queries, batch = unit(queries), unit(batch)
     scores, positions = faiss.knn(queries, batch, min(k, len(batch)), metric=_FAISS[metric])
     return Top(positions.astype(np.int64) + first, scores)
 
@@ -96,7 +116,7 @@ def exact_in_batch(queries: Vectors, first: int, batch: Vectors, k: int, metric:
 _FAISS = {**METRICS, "cosine": faiss.METRIC_INNER_PRODUCT, "l1": faiss.METRIC_L1}
 
 
-def _unit(vectors: Vectors) -> Vectors:
+def unit(vectors: Vectors) -> Vectors:
     """Of length 1, or 0 where a vector is nothing but zeros."""
     lengths = np.linalg.norm(vectors, axis=1, keepdims=True)
     return np.asarray(vectors / np.where(lengths > 0, lengths, 1), np.float32)

@@ -164,14 +164,15 @@ def test_an_offset_need_not_be_a_multiple_of_k(tmp_path: Path) -> None:
 def test_more_is_asked_for_while_scores_are_equal_at_the_cut() -> None:
     scores = np.array([[3.0] * 5 + [2.0] * 40 + [1.0] * 400], np.float32)
     asked: list[int] = []
+    query = np.zeros((1, 1), np.float32)
 
-    def ask(count: int) -> Top:
+    def ask(_: np.ndarray, count: int) -> Top:
         asked.append(count)
         order = np.random.default_rng(count).permutation(445)
         order = order[np.argsort(-scores[0][order], kind="stable")][:count]
         best = np.lexsort((order, -scores[0][order]))
         return Top(order[best][None].astype(np.int64), scores[:, order[best]])
 
-    assert with_ties(ask, 5).ids.tolist() == [list(range(5))] and asked == [21]
-    assert with_ties(ask, 20).ids.tolist() == [list(range(20))] and asked[1:] == [36, 532]
-    assert with_ties(ask, 445).ids.tolist() == [list(range(445))]
+    assert with_ties(ask, query, 5).ids.tolist() == [list(range(5))] and asked == [21]
+    assert with_ties(ask, query, 20).ids.tolist() == [list(range(20))] and asked[1:] == [36, 532]
+    assert with_ties(ask, query, 445).ids.tolist() == [list(range(445))]

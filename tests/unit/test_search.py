@@ -109,7 +109,13 @@ def write_release(
     encoder: str = ENCODER,
 ) -> Store:
     """An output and a release of its images, in which every search is exact."""
-    store = write_output(root, parts, dim=dim, encoder=encoder, first=first)
+    write_output(root, parts, dim=dim, encoder=encoder, first=first)
+    return build_release(root, shards, metric, dim, encoder)
+
+
+def build_release(root: Path, shards: int = 2, metric: str = "ip", dim: int = 16, encoder: str = ENCODER) -> Store:
+    """A release, of the images that an output has, in which every search is exact."""
+    store = Store(str(root))
     listed = list_parts(store, embeddings_folder(encoder, "image"))
     faiss.write_index(train("Flat", metric, np.empty((0, dim), np.float32), dim), str(root / "trained.faiss"))
     made = release("v0001").model_copy(update={"encoder": encoder, "metric": metric, "parts": listed})

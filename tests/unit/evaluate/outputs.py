@@ -7,6 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
@@ -34,3 +35,24 @@ def describe(root: Path, of: Describe = described) -> None:
         for name, column in columns.items():
             table = table.set_column(table.schema.get_field_index(name), name, column)
         pq.write_table(table, path)
+
+
+def replace_column(folder: Path, name: str, change: Callable[[pa.ChunkedArray], pa.Array]) -> None:
+    """Writes a column of every part under `folder` anew."""
+    for path in sorted(folder.glob("*.parquet")):
+        table = pq.read_table(path)
+        at = table.schema.get_field_index(name)
+        pq.write_table(table.set_column(at, table.schema.field(name), change(table[name])), path)
+
+
+def replace_vectors(folder: Path, change: Callable[[np.ndarray], np.ndarray]) -> None:
+    """change: of a part's float32 [n, dim], its others."""
+
+    def changed(column: pa.ChunkedArray) -> pa.Array:
+        kind = column.type
+        found = change(np.array(column.to_pylist(), np.float32)).ravel()
+        return pa.FixedSizeListArray.from_arrays(
+            pa.array(found.astype(kind.value_type.to_pandas_dtype()), kind.value_type), kind.list_size
+        )
+
+    replace_column(folder, "embedding", changed)

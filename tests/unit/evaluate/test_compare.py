@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import re
 from pathlib import Path
+from shutil import rmtree
 from typing import Any
 
 import numpy as np
@@ -9,8 +10,10 @@ import pytest
 
 from pipelines.errors import ConfigError
 from pipelines.evaluate.compare import Wanted, compare, contenders, overlap
+from pipelines.remove import Asked, remove
 from pipelines.storage import Store
 from tests.indexed import ENCODER, Item, everything, write_output
+from tests.unit.evaluate.outputs import describe
 
 
 @pytest.fixture(scope="module")
@@ -70,6 +73,41 @@ def test_a_query_is_chosen_by_key(compared: tuple[Path, dict[str, Any]]) -> None
     assert [query["key"] for query in compare(rivals, Wanted(keys=[key], agreed=5))["queries"]] == [key]
     with pytest.raises(ConfigError, match="the key nobody"):
         compare(rivals, Wanted(keys=["nobody"]))
+
+
+def test_what_was_taken_down_is_shown_by_none(tmp_path: Path) -> None:
+    store = write_output(tmp_path, parts=2)
+    write_output(tmp_path, parts=2, dim=8, seed=1, encoder="other-11111111")
+    rivals = contenders([store])
+    key = everything(tmp_path, "image")[0][17].key
+
+    def shown() -> tuple[set[str], list[int]]:
+        document = compare(rivals, Wanted(keys=[key], agreed=1))
+        hits = {hit["key"] for found in document["queries"][0]["found"] for hit in found["hits"]}
+        return hits, [card["images"] for card in document["encoders"]]
+
+    before, images = shown()
+    assert remove(store, Asked(sorted(before), []), "", "").samples == len(before)
+    after, left = shown()
+    assert after and not after & before and left == [count - len(before) for count in images]
+
+
+def two_encoders(root: Path) -> Store:
+    write_output(root, parts=1, rows=60, dim=8, seed=1, encoder="other-11111111")
+    return write_output(root, parts=1, rows=60)
+
+
+def test_quality_has_what_there_is_to_measure(tmp_path: Path) -> None:
+    """Labels that are all different, beside captions; then labels, and no caption."""
+    rivals = contenders([two_encoders(tmp_path)])
+    describe(tmp_path, lambda row: (f"its own {row}", {}))
+    directions = [set(card["quality"]) for card in compare(rivals, Wanted(agreed=5, shown=1))["encoders"]]
+    assert directions == [{"captions image→text", "captions text→image"}] * 2
+    describe(tmp_path)
+    for rival in rivals:
+        rmtree(tmp_path / "embeddings" / rival.encoder / "text")
+    cards = compare(rivals, Wanted(agreed=5, shown=1))["encoders"]
+    assert [set(card["quality"]) for card in cards] == [{"label image→image"}] * 2
 
 
 def test_one_encoder_is_nothing_to_compare(tmp_path: Path) -> None:

@@ -13,15 +13,17 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from jobs.remove import asked_for
-from pipelines.errors import IndexBuildError
+from pipelines.errors import ConfigError, IndexBuildError
 from pipelines.evaluate.duplicates import Groups as Joined
 from pipelines.evaluate.duplicates import Sought, find_duplicates, largest_groups
 from pipelines.evaluate.groups import Groups
 from pipelines.evaluate.items import StoredItems, stored
-from pipelines.remove import remove
+from pipelines.index.recall import unit
+from pipelines.remove import Asked, remove
 from pipelines.storage import Store
 from tests.indexed import ENCODER, everything, key_of, write_output
-from tests.unit.test_search import write_release
+from tests.unit.evaluate.outputs import replace_column, replace_vectors
+from tests.unit.test_search import build_release, write_release
 
 THRESHOLD = 0.9
 
@@ -59,6 +61,7 @@ def one_by_one(vectors: np.ndarray) -> list[set[int]]:
 @pytest.mark.parametrize("how", [{"exact": True}, {}, {"memory_mib": 0}], ids=["exact", "index", "a shard at a time"])
 def test_groups_are_the_connected_items(root: Path, how: dict[str, Any]) -> None:
     items, vectors = everything(root, "image")
+    vectors = unit(vectors) if how.get("exact") else vectors
     expected = {min(group): {items[at].key for at in group} for group in one_by_one(vectors)}
     summary, rows, keep, remove = found_in(root, **how)
     groups: dict[int, set[str]] = {}
@@ -73,6 +76,34 @@ def test_groups_are_the_connected_items(root: Path, how: dict[str, Any]) -> None
     scores = vectors @ vectors.T - 9 * np.eye(len(vectors))
     nearest = {items[at].key: scores[at].max() for at in range(len(items))}
     assert [row["nearest"] for row in rows] == pytest.approx([nearest[row["key"]] for row in rows], abs=1e-5)
+
+
+def test_what_is_compared_is_the_cosine_whatever_the_length(tmp_path: Path) -> None:
+    write_output(tmp_path, parts=1, normalize=False)
+    expected = found_in(tmp_path, exact=True)[3]
+    replace_vectors(tmp_path / "embeddings" / ENCODER / "image", lambda vectors: 10 * vectors)
+    assert 0 < len(expected) < 170 and found_in(tmp_path, exact=True)[3] == expected
+
+
+def test_an_index_of_vectors_that_are_not_unit_tells_no_cosine(tmp_path: Path) -> None:
+    write_output(tmp_path, parts=1, normalize=False)
+    with pytest.raises(ConfigError, match="not of unit length") as refused:
+        found_in(tmp_path)
+    assert "--exact" in refused.value.fix
+
+
+@pytest.mark.parametrize("metric", ["ip", "l2"])
+@pytest.mark.parametrize("how", [{"exact": True}, {}], ids=["exact", "index"])
+def test_every_copy_is_found_though_float16_makes_it_shorter(how: dict[str, Any], metric: str, tmp_path: Path) -> None:
+    write_output(tmp_path, parts=1, rows=100)
+    folder = tmp_path / "embeddings" / ENCODER / "image"
+    replace_vectors(
+        folder, lambda vectors: np.where(np.arange(len(vectors))[:, None] % 2, np.roll(vectors, 1, 0), vectors)
+    )
+    build_release(tmp_path, metric=metric)
+    summary, rows, _, _ = found_in(tmp_path, threshold=1.0, **how)
+    assert (summary["groups"], summary["remove"]) == (summary["items"] // 2,) * 2
+    assert max(row["nearest"] for row in rows) <= 1
 
 
 def test_the_same_again_is_the_same(root: Path) -> None:
@@ -138,6 +169,24 @@ def test_a_key_that_no_line_can_hold_is_left_out_and_counted(tmp_path: Path) -> 
         pq.write_table(table.set_column(table.schema.get_field_index("key"), "key", pa.array(keys)), path)
     summary, _, _, again = found_in(tmp_path, exact=True)
     assert summary["keys_that_are_no_line"] == 1 and again == whole
+
+
+def test_what_has_come_since_the_release_is_counted_and_stays(tmp_path: Path) -> None:
+    store = write_release(tmp_path, parts=2)
+    _, _, kept, removed = found_in(tmp_path)
+    write_output(tmp_path, parts=1, first=2)
+    replace_column(
+        tmp_path / "embeddings" / ENCODER / "image",
+        "key",
+        lambda keys: pa.array([removed[0] if key == key_of(2, 0) else key for key in keys.to_pylist()]),
+    )
+    summary, _, keep, remove_now = found_in(tmp_path)
+    assert (summary["came_since"], summary["release"]) == (188, "v0001") and keep == kept
+    # A takedown of that key would take the new sample too.
+    assert removed[0] not in remove_now and set(remove_now) == set(removed[1:])
+    remove(store, Asked([key_of(2, 1)]), "", "")
+    assert found_in(tmp_path)[0]["came_since"] == 187
+    assert found_in(tmp_path, exact=True)[0]["came_since"] == 0
 
 
 def test_the_largest_groups_are_shown(root: Path) -> None:

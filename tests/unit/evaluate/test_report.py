@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import re
 from collections import Counter
 from hashlib import sha256
 from pathlib import Path
@@ -25,7 +26,7 @@ from pipelines.evaluate.statistics import statistics
 from pipelines.index.release import CurvePoint, Recall, read_release
 from pipelines.record import read_record
 from pipelines.storage import Store
-from tests.indexed import ENCODER, captions_of, write_output
+from tests.indexed import ENCODER, caption_of, captions_of, everything, write_output
 from tests.unit.evaluate.browser import CHROMIUM, NO_BROWSER, look_at
 from tests.unit.evaluate.outputs import describe
 from tests.unit.test_search import write_release
@@ -198,6 +199,15 @@ def test_the_map_shows_what_one_points_at(pages: dict[str, Path], tmp_path: Path
     assert (seen.images, seen.missing, seen.console, seen.requests) == (1, 0, [], [])
     document = json.loads(pages["map"].with_name("map.json").read_text())
     assert len(document["points"]) == 60 and document["by"] == "label"
+
+
+def test_a_caption_shows_its_own_words(tmp_path: Path) -> None:
+    """Not those of the first of its sample."""
+    store = write_output(tmp_path, parts=1, rows=30)
+    items, _ = everything(tmp_path, "text")
+    document = draw_map(store, ENCODER, "text")
+    captions = re.findall(r'data-caption="([^"]*)"', Path(document["page"]).read_text())
+    assert captions == [caption_of(0, item.row, item.caption_index or 0) for item in items]
 
 
 @pytest.mark.parametrize("count", [1, len(COLOURS), len(COLOURS) + 1, 20])

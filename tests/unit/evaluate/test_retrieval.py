@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from shutil import rmtree
 from typing import Any
 
 import numpy as np
@@ -15,7 +16,7 @@ from pipelines.evaluate.ranking import Room
 from pipelines.evaluate.retrieval import Asked, evaluate, kept_at, wrong_first
 from pipelines.record import read_record, write_record
 from pipelines.storage import Store
-from tests.indexed import ENCODER, Item, everything
+from tests.indexed import ENCODER, Item, everything, write_output
 from tests.unit.evaluate.outputs import describe, described, label_of
 from tests.unit.test_search import write_release
 
@@ -94,14 +95,22 @@ def test_a_split_asks_and_is_found(root: Path) -> None:
     assert found["figures"] == pytest.approx(expected(root, "text", "image", of_one_sample, in_test))
 
 
-def test_folds_are_ranked_by_themselves_and_averaged(root: Path) -> None:
-    found = result(root, "text", protocols=("captions",), fold=100)
+@pytest.mark.parametrize(("asks", "finds"), [("image", "text"), ("text", "image")])
+def test_folds_are_ranked_by_themselves_and_averaged(root: Path, asks: str, finds: str) -> None:
+    found = result(root, asks, fold=100)
     samples = [(item.shard, item.row) for item in everything(root, "text")[0]]
     has_caption = list(dict.fromkeys(samples))
     folds = [set(has_caption[at : at + 100]) for at in range(0, len(has_caption) - 99, 100)]
-    means = [expected(root, "text", "image", of_one_sample, lambda i, f=fold: (i.shard, i.row) in f) for fold in folds]
-    assert found["folds"] == len(folds) > 2 and found["gallery"] == 100
+    means = [expected(root, asks, finds, of_one_sample, lambda i, f=fold: (i.shard, i.row) in f) for fold in folds]
+    captions = sum(sample in folds[0] for sample in samples)
+    assert found["folds"] == len(folds) > 2 and found["gallery"] == {"text": captions, "image": 100}[finds]
     assert found["figures"] == pytest.approx({name: np.mean([each[name] for each in means]) for name in means[0]})
+
+
+@pytest.mark.parametrize("asked", [{"protocols": ("captions", "label")}, {"identity": "id"}])
+def test_folds_are_of_captions_alone(root: Path, asked: dict[str, Any]) -> None:
+    with pytest.raises(ConfigError, match="Folds are of images with their captions"):
+        evaluate(Store(str(root)), ENCODER, Asked(fold=100, **asked))
 
 
 def test_an_index_that_finds_everything_loses_nothing(root: Path) -> None:
@@ -145,6 +154,32 @@ def test_what_fits_is_chosen_and_kept_as_json(root: Path) -> None:
     assert json.loads((root / kept_at(ENCODER)).read_text()) == document
 
 
+def protocols_of(root: Path, said: list[str], **asked: Any) -> list[str]:
+    document = evaluate(Store(str(root)), ENCODER, Asked(sample=50, index=False, **asked), said.append)
+    return [each["protocol"] for each in document["results"]]
+
+
+def test_an_output_without_a_caption_is_evaluated_by_its_labels(tmp_path: Path) -> None:
+    write_output(tmp_path, parts=1)
+    describe(tmp_path)
+    rmtree(tmp_path / "embeddings" / ENCODER / "text")
+    assert protocols_of(tmp_path, []) == ["label"]
+
+
+def test_what_does_not_suit_is_left_out_with_the_reason_unless_it_was_named(tmp_path: Path) -> None:
+    write_output(tmp_path, parts=1)
+    describe(tmp_path, lambda row: (f"its own {row}", {"split": "test"}))
+    said: list[str] = []
+    assert protocols_of(tmp_path, said) == ["captions", "captions"]
+    assert said[-1].startswith("label: image → image is left out: None of the queries has anything relevant")
+    with pytest.raises(ConfigError, match="anything relevant by the protocol label"):
+        protocols_of(tmp_path, said, protocols=("captions", "label"))
+    describe(tmp_path, lambda row: (label_of(row) if row % 2 else None, {"split": "train" if row % 2 else "test"}))
+    assert protocols_of(tmp_path, said, split="test") == ["captions", "captions"]
+    with pytest.raises(ConfigError, match="no image vectors of the split dev to ask with"):
+        protocols_of(tmp_path, said, split="dev")
+
+
 def test_memory_decides_nothing_but_the_time(root: Path) -> None:
     class Tight(Room):
         def tile_rows(self, queries: int, dim: int) -> int:
@@ -161,9 +196,13 @@ def test_what_cannot_be_asked_is_said(root: Path, tmp_path: Path) -> None:
         result(root, protocols=("captions",), split="dev")
     with pytest.raises(ConfigError, match="fewer than 10,000 samples"):
         result(root, protocols=("captions",), fold=10_000)
+    with pytest.raises(ConfigError, match="no text vectors whose metadata have the field pid") as refused:
+        result(root, identity="pid")
+    assert refused.value.fix == "Check --identity."
     store = write_release(tmp_path, parts=1)
-    with pytest.raises(ConfigError, match=r"no .* to ask with"):
+    with pytest.raises(ConfigError, match=r"no image vectors with a label to ask with") as refused:
         result(tmp_path, protocols=("label",))
+    assert "sub-folders" in refused.value.fix
     record = read_record(store)
     record.encoders[ENCODER].spec["vectors"]["text"]["space"] = "text"
     record.encoders[ENCODER].fingerprint = "0" * 64

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import gzip
 import io
 import tarfile
 from hashlib import sha256
@@ -15,10 +16,11 @@ from PIL import Image
 from pipelines.errors import ConfigError
 from pipelines.evaluate.similarity import Side, similarity
 from pipelines.evaluate.thumbnails import thumbnail
+from pipelines.index.recall import unit
 from pipelines.record import read_record
 from pipelines.storage import Store
 from tests.indexed import ENCODER, everything, write_output
-from tests.unit.evaluate.outputs import describe, label_of
+from tests.unit.evaluate.outputs import describe, label_of, replace_vectors
 
 
 @pytest.fixture(scope="module")
@@ -38,11 +40,9 @@ def test_matched_pairs_are_of_one_sample_and_auc_is_counted_pair_by_pair(root: P
     matrix = np.load(Path(figures["folder"]) / "matrix.npy")
     assert matrix.shape == (60, 60) and figures["items"] == 60
     items, vectors = everything(root, "text")
-    images = dict(
-        zip(
-            [(item.shard, item.row) for item in everything(root, "image")[0]], everything(root, "image")[1], strict=True
-        )
-    )
+    pictured, pictures = everything(root, "image")
+    vectors, pictures = unit(vectors), unit(pictures)
+    images = dict(zip([(item.shard, item.row) for item in pictured], pictures, strict=True))
     own = {tuple(vector): (item.shard, item.row) for item, vector in zip(items, vectors, strict=True)}
     assert set(np.diag(matrix).round(4)) <= {np.float32(np.dot(vector, images[own[vector]])).round(4) for vector in own}
     matched, unmatched = figures["matched"]["pairs"], figures["unmatched"]["pairs"]
@@ -53,7 +53,7 @@ def test_matched_pairs_are_of_one_sample_and_auc_is_counted_pair_by_pair(root: P
 def test_a_set_with_itself_is_matched_by_label_without_the_diagonal(root: Path) -> None:
     figures = similarity(side(root, "image"), side(root, "image"), sample=10**4)
     items, vectors = everything(root, "image")
-    scores = vectors @ vectors.T
+    scores = unit(vectors) @ unit(vectors).T
     labels = [label_of(item.row) for item in items]
     same = np.array([[a == b and a is not None for b in labels] for a in labels])
     np.fill_diagonal(same, False)
@@ -71,6 +71,20 @@ def test_a_set_with_itself_is_matched_by_label_without_the_diagonal(root: Path) 
         scores[np.ix_(block, [label == names[1] for label in labels])].mean(), abs=1e-4
     )
     assert figures["modality_gap"] == 0
+
+
+def test_scores_are_cosines_whatever_the_length(tmp_path: Path) -> None:
+    write_output(tmp_path, parts=1, normalize=False)
+
+    def measured() -> dict[str, Any]:
+        return similarity(side(tmp_path, "image"), side(tmp_path, "text"), sample=50)
+
+    before = measured()
+    replace_vectors(tmp_path / "embeddings" / ENCODER / "image", lambda vectors: 10 * vectors)
+    after = measured()
+    for name in ("matched", "unmatched"):
+        assert after[name] == pytest.approx(before[name], abs=1e-3)
+    assert after["modality_gap"] == pytest.approx(before["modality_gap"], abs=1e-3)
 
 
 def test_two_outputs_meet_by_key(root: Path, tmp_path: Path) -> None:
@@ -153,7 +167,13 @@ def test_what_cannot_be_shown_has_a_reason(tmp_path: Path) -> None:
     gone = tmp_path / "gone.tar"
     (tmp_path / "other.png").write_bytes(picture("blue"))
     (tmp_path / "bad.png").write_bytes(b"no image")
+    packed = gzip.compress(np.random.default_rng(0).bytes(20_000))
+    (tmp_path / "cut.tar.gz").write_bytes(packed[:5_000])
+    (tmp_path / "spoilt.tar.gz").write_bytes(packed[:10] + b"\xff" * 5_000)
+    inside = {"offset": 9_000, "length": 100}
     cases = {
+        "EOFError": sample_of(tmp_path / "cut.tar.gz", data, **inside),
+        "invalid block type": sample_of(tmp_path / "spoilt.tar.gz", data, **inside),
         "gone": sample_of(gone, data, offset=512, length=10),
         "not_found": sample_of(tmp_path / "gone.png", data),
         "changed": sample_of(tmp_path / "other.png", data),

@@ -187,11 +187,11 @@ def test_pages_of_an_ivf_neither_overlap_nor_leave_anything_out(share: float, sh
     queries = vectors[:20]
 
     def nearest(k: int) -> np.ndarray:
-        def asked(count: int) -> Top:
+        def asked(queries: np.ndarray, count: int) -> Top:
             found = (ask_among(index, queries, count, chosen, first) for index, first in indexes)
             return merge(found, count, "ip")
 
-        return with_ties(asked, k).between(0, k).ids
+        return with_ties(asked, queries, k).between(0, k).ids
 
     pages = [nearest(10 * page)[:, 10 * (page - 1) :] for page in range(1, 13)]
     whole = nearest(120)

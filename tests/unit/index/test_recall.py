@@ -1,7 +1,18 @@
 import numpy as np
 import pytest
 
-from pipelines.index.recall import EXACT_METRICS, Top, exact, merge, recall_of, without
+from pipelines.index.recall import (
+    EXACT_METRICS,
+    RESULT_BYTES,
+    TIED_BYTES,
+    TIES,
+    Top,
+    exact,
+    merge,
+    recall_of,
+    with_ties,
+    without,
+)
 
 
 def vectors(n: int, seed: int = 0) -> np.ndarray:
@@ -25,6 +36,35 @@ def test_merge_drops_missing_and_orders_equal_scores_by_id() -> None:
     assert merge([one, two], 4, "ip").ids.tolist() == [[7, 9, 3, 4]]
     assert merge([one, two], 5, "ip").ids.tolist() == [[7, 9, 3, 4, -1]]
     assert merge([one, two], 2, "l2").ids.tolist() == [[3, 4]]
+
+
+def test_only_queries_with_equal_scores_are_asked_again_a_set_size_at_a_time() -> None:
+    """Every third query is nearest to 10,000 copies, which FAISS would give in whatever order."""
+    queries = np.arange(600, dtype=np.float32)[:, None]
+    asked: list[tuple[int, int]] = []
+
+    def ask(some: np.ndarray, count: int) -> Top:
+        asked.append((len(some), count))
+        copies = some % 3 == 0
+        ids = np.where(copies, max(0, 10_000 - count) + np.arange(count), 10 * some + np.arange(count))
+        return Top(ids.astype(np.int64), np.where(copies, 1.0, 1 - np.arange(count) / 2**15).astype(np.float32))
+
+    top = with_ties(ask, queries, 5)
+    assert top.ids[::3].tolist() == [list(range(5))] * 200
+    assert top.ids[1].tolist() == [10, 11, 12, 13, 14] and top.ids[2].tolist() == [20, 21, 22, 23, 24]
+    assert asked[0] == (600, 5 + TIES[0]) and len(asked) > 3
+    for more in TIES[1:]:
+        assert sum(some for some, count in asked if count == 5 + more) == 200
+    assert all(some * count * RESULT_BYTES <= TIED_BYTES for some, count in asked)
+
+
+def test_late_ones_stay_late_when_some_are_asked_again() -> None:
+    one = Top(np.array([[1, 2], [3, 4]]), np.zeros((2, 2), np.float32))
+    late = Top(np.array([[9, 8]]), np.ones((1, 2), np.float32), np.array([[False, True]]))
+    both = one.replaced(np.array([1]), late)
+    assert both.ids.tolist() == [[1, 2], [9, 8]] and both.late is not None
+    assert both.late.tolist() == [[False, False], [False, True]]
+    assert both.replaced(np.array([1]), Top(late.ids, late.scores)).late.tolist() == [[False, False]] * 2  # type: ignore[union-attr]
 
 
 def test_without_takes_out_the_own_id_or_else_the_last() -> None:
