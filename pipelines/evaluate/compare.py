@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from pipelines.errors import ConfigError
+from pipelines.errors import ConfigError, InputError
 from pipelines.evaluate.groups import OUTSIDE, Groups
 from pipelines.evaluate.items import StoredItems, codes_of, collect_any, draw, first_with, places_of, stored
 from pipelines.evaluate.pages import page, shown
@@ -20,7 +20,7 @@ from pipelines.evaluate.thumbnails import samples_at, thumbnails
 from pipelines.index.parts import Ids, batches
 from pipelines.index.recall import Top, exact, without
 from pipelines.index.release import latest_or_none
-from pipelines.record import read_record
+from pipelines.record import FILE, read_record
 from pipelines.storage import Store
 
 TILE_ROWS = 16_384
@@ -49,26 +49,41 @@ class Wanted:
 
 
 def contenders(stores: Sequence[Store], only: Sequence[str] = ()) -> list[Contender]:
-    """Every encoder with image vectors, or those named. Raises: ConfigError where there are fewer than two."""
-    found = []
-    for store in stores:
-        for encoder, record in read_record(store).encoders.items():
-            if "image" in record.modalities and (not only or encoder in only):
-                found.append((store, encoder))
-    names = [encoder for _, encoder in found]
+    """Every encoder with image vectors, or those named. Raises: InputError for what is no output, ConfigError for
+    a name that none has and where there are fewer than two."""
+    there = [each for store in {store.root: store for store in stores}.values() for each in _with_images(store)]
+    names = [encoder for _, encoder in there]
+    if unknown := [name for name in only if name not in names]:
+        raise ConfigError(
+            f"No output has the encoder {unknown[0]} with image vectors", f"There are: {', '.join(sorted({*names}))}."
+        )
+    found = [(store, encoder) for store, encoder in there if not only or encoder in only]
     if len(found) < 2:
         raise ConfigError(
-            f"There is {names[0] if names else 'no encoder'} with image vectors, and nothing to compare it with",
+            f"There is {found[0][1] if found else 'no encoder'} with image vectors, and nothing to compare it with",
             "Name several outputs, or embed with another --encoder into this one.",
         )
-    return [
-        Contender(
-            store,
-            encoder,
-            encoder if names.count(encoder) == 1 else f"{encoder} ({store.root.rstrip('/').rpartition('/')[2]})",
+    return [Contender(*each, name) for each, name in zip(found, _names(found), strict=True)]
+
+
+def _with_images(store: Store) -> list[tuple[Store, str]]:
+    encoders = read_record(store).encoders
+    if not encoders:
+        raise InputError(
+            f"{store.uri()} is not the output of an embed run: it has no {FILE}",
+            "Check the path, or run `vecmill embed` first.",
         )
-        for store, encoder in found
+    return [(store, encoder) for encoder, record in encoders.items() if "image" in record.modalities]
+
+
+def _names(found: Sequence[tuple[Store, str]]) -> list[str]:
+    """Of each the shortest that no other has: the encoder's, with the end of its output's path, or with all of it."""
+    ways = [
+        [encoder for _, encoder in found],
+        [f"{encoder} ({store.root.rstrip('/').rpartition('/')[2]})" for store, encoder in found],
+        [f"{encoder} ({store.uri()})" for store, encoder in found],
     ]
+    return [next(way[at] for way in ways if way.count(way[at]) == 1) for at in range(len(found))]
 
 
 def compare(
@@ -109,17 +124,24 @@ def compare(
 def _common(everyone: Sequence[StoredItems], wanted: Wanted, known: dict[str, int]) -> Ids:
     """Codes of samples that all have: those asked for first, then drawn ones. Raises: ConfigError for a key that is
     not there."""
-    ids, _ = draw(everyone[0], wanted.agreed, wanted.seed)
+    fewest = min(everyone, key=_count)
+    ids, _ = draw(fewest, wanted.agreed, wanted.seed)
     ids = np.random.default_rng(wanted.seed).permutation(ids)
-    codes = codes_of(everyone[0], ids)
+    codes = codes_of(fewest, ids)
     for key in wanted.keys:
         if key not in known:
-            raise ConfigError(f"No sample with an image has the key {key}", "Keys are as `samples/` has them.")
+            raise ConfigError(
+                f"No sample of {fewest.store.uri()} with an image has the key {key}", "Keys are as `samples/` has them."
+            )
     codes = np.array(list(dict.fromkeys([*(known[key] for key in wanted.keys), *codes.tolist()])), np.int64)
     there = np.all([first_with(items, codes) != OUTSIDE for items in everyone], axis=0)
     if not there.any() or not there[: len(wanted.keys)].all():
         raise ConfigError("The outputs have no such samples in common", "They are matched by key.")
     return np.asarray(codes[there])
+
+
+def _count(items: StoredItems) -> int:
+    return items.findable.total if items.findable else items.parts.rows
 
 
 def _nearest(items: StoredItems, codes: Ids, k: int) -> Top:
@@ -144,7 +166,7 @@ def _card(rival: Contender, items: StoredItems, wanted: Wanted) -> dict[str, Any
         "name": rival.name,
         "model": record.spec["name"],
         "fingerprint": record.fingerprint,
-        "images": items.findable.total if items.findable else items.parts.rows,
+        "images": _count(items),
         "dim": items.dim,
         "bytes_per_vector": numbers * items.dim,
         "index_bytes_per_vector": sum(release.bytes_per_vector.values()) if release else None,
@@ -243,5 +265,6 @@ def _page(document: dict[str, Any], rivals: Sequence[Contender], neighbours: Seq
         table_rows=rows,
         agreement_head=["", *names],
         agreement_rows=agreement,
+        alike=len({card["images"] for card in document["encoders"]}) == 1,
         rate_note="Speed is of one batch size on the machine that made this page.",
     )

@@ -34,7 +34,7 @@ from pipelines.evaluate.metrics import DEPTHS, Ranks, at_depths, ranks_in_order
 from pipelines.evaluate.ranking import Room, count_relevant, exact_figures
 from pipelines.index.parts import Ids, NoVectorsError, Vectors
 from pipelines.index.recall import without
-from pipelines.index.release import latest_or_none
+from pipelines.index.release import current_version, finished, index_folder
 from pipelines.record import read_record
 from pipelines.search import Searcher
 from pipelines.storage import Store
@@ -109,6 +109,7 @@ def evaluate(store: Store, encoder: str, asked: Asked, say: Say = lambda line: N
 def measured(store: Store, encoder: str, asked: Asked, say: Say = lambda line: None) -> Iterator[Result]:
     """`evaluate` without keeping anything, a direction at a time. One of a protocol that nobody named is left out where
     it cannot be followed, and `say` is told why; where none is left, the first reason is raised."""
+    require_release(store, encoder, asked)
     protocols = asked.protocols or fitting(store, encoder, asked, say)
     require_foldable(protocols, asked)
     directions = [(protocol, *each) for protocol in protocols for each in DIRECTIONS[protocol]]
@@ -258,12 +259,12 @@ def _through_index(
     store: Store, encoder: str, modality: Modality, groups: Groups, queries: Tile, same: bool, asked: Asked
 ) -> dict[str, Any] | None:
     """The figures of the first max(DEPTHS), among all that the release holds, of whatever split."""
-    release = latest_or_none(store, encoder, modality) if asked.index else None
-    if release is None:
+    version = _release_of(store, encoder, modality, asked) if asked.index else None
+    if version is None:
         return None
     searchers = {
-        "exact": Searcher(store, encoder, modality, asked.release or release.version, exact=True),
-        "found": Searcher(store, encoder, modality, asked.release, resident=False),
+        "exact": Searcher(store, encoder, modality, version, exact=True),
+        "found": Searcher(store, encoder, modality, version, resident=False),
     }
     parts = searchers["found"].parts
     require_one_vector(parts)
@@ -282,9 +283,26 @@ def _through_index(
         name: at_depths(_found(searcher, gallery, queries, own, relevant)) for name, searcher in searchers.items()
     }
     loss = {name: figures["exact"][name] - value for name, value in figures["found"].items()}
-    used = searchers["found"].release
-    version = used.version if used else None
     return {"release": version, "queries": len(queries), "gallery": parts.rows, **figures, "loss": loss}
+
+
+def _release_of(store: Store, encoder: str, modality: Modality, asked: Asked) -> str | None:
+    """The one that was asked for, current or not; none of vectors that have no index."""
+    folder = index_folder(encoder, modality)
+    if asked.release:
+        return asked.release if finished(store, folder) else None
+    return current_version(store, folder)
+
+
+def require_release(store: Store, encoder: str, asked: Asked) -> None:
+    """Raises: ConfigError for a release that was asked for and that no index of the encoder has."""
+    modalities = read_record(store).encoders[encoder].modalities
+    known = {version for each in modalities for version in finished(store, index_folder(encoder, each))}
+    if asked.release and asked.index and asked.release not in known:
+        raise ConfigError(
+            f"No index of embeddings/{encoder} has the release {asked.release}",
+            f"There are: {', '.join(sorted(known)) or 'none'}.",
+        )
 
 
 def _found(searcher: Searcher, gallery: Items, queries: Tile, own: Ids, relevant: Ids) -> Ranks:

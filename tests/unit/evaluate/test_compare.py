@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from pipelines.errors import ConfigError
+from pipelines.errors import ConfigError, InputError
 from pipelines.evaluate.compare import Wanted, compare, contenders, overlap
 from pipelines.remove import Asked, remove
 from pipelines.storage import Store
@@ -108,6 +108,28 @@ def test_quality_has_what_there_is_to_measure(tmp_path: Path) -> None:
         rmtree(tmp_path / "embeddings" / rival.encoder / "text")
     cards = compare(rivals, Wanted(agreed=5, shown=1))["encoders"]
     assert [set(card["quality"]) for card in cards] == [{"label image→image"}] * 2
+
+
+def test_names_tell_all_apart_and_an_output_named_twice_is_one(tmp_path: Path) -> None:
+    stores = [write_output(tmp_path / folder / "out", parts=1, rows=20) for folder in ("x", "y", "z")]
+    names = [rival.name for rival in contenders([*stores, stores[0]])]
+    assert names == [f"{ENCODER} ({tmp_path}/{folder}/out)" for folder in ("x", "y", "z")]
+    assert len(compare(contenders(stores), Wanted(k=2, agreed=3, shown=1))["overlap"]) == 3
+
+
+def test_what_is_not_there_is_said_though_enough_is(tmp_path: Path) -> None:
+    store = two_encoders(tmp_path)
+    with pytest.raises(InputError, match="nowhere is not the output of an embed run"):
+        contenders([store, Store(str(tmp_path / "nowhere"))])
+    with pytest.raises(ConfigError, match="No output has the encoder clap"):
+        contenders([store], [ENCODER, "other-11111111", "clap"])
+
+
+def test_a_small_output_is_asked_for_what_it_has(tmp_path: Path) -> None:
+    many, few = write_output(tmp_path / "many", parts=8), write_output(tmp_path / "few", parts=1, rows=9, first=7)
+    document = compare(contenders([many, few]), Wanted(k=2, agreed=6, shown=1))
+    assert document["agreed_over"] == 6
+    assert "own images, which are not as many" in Path(document["page"]).read_text()
 
 
 def test_one_encoder_is_nothing_to_compare(tmp_path: Path) -> None:

@@ -122,6 +122,16 @@ def test_an_index_that_finds_everything_loses_nothing(root: Path) -> None:
         assert found["protocol"] == "label" or through["found"] == pytest.approx(figures)
 
 
+def test_a_release_is_evaluated_that_is_not_current(tmp_path: Path) -> None:
+    write_release(tmp_path, parts=1)
+    (tmp_path / "index" / ENCODER / "image" / "CURRENT").unlink()
+    assert result(tmp_path, "text", sample=50)["through"] is None
+    assert result(tmp_path, "text", sample=50, release="v0001")["through"]["release"] == "v0001"
+    with pytest.raises(ConfigError, match=r"No index of .* has the release v0007") as refused:
+        result(tmp_path, "text", release="v0007")
+    assert refused.value.fix == "There are: v0001."
+
+
 def test_of_equal_scores_what_is_wrong_comes_first() -> None:
     scores = np.array([[0.9, 0.5, 0.5, 0.5, 0.1], [0.7, 0.7, 0.7 - 1e-7, 0.2, 0.2]], np.float32)
     hits = np.array([[True, True, False, True, False], [True, False, False, True, False]])
