@@ -18,7 +18,7 @@ Other = Annotated[
     str | None, typer.Option("--with", metavar="OUTPUT", help="Another output of the same encoder for the columns.")
 ]
 OtherEncoder = Annotated[str | None, typer.Option(help="The encoder's folder there, if it has another name.")]
-Sample = Annotated[int, typer.Option(min=2, max=20_000, help="Items drawn; up to 16 are shown one by one.")]
+Sample = Annotated[int, typer.Option(min=2, max=10_000, help="Items drawn; up to 16 are shown one by one.")]
 Seed = Annotated[int, typer.Option(min=0, help="Of the draw.")]
 
 

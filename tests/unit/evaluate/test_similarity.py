@@ -12,9 +12,10 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from PIL import Image
+from sklearn.metrics import roc_auc_score
 
 from pipelines.errors import ConfigError
-from pipelines.evaluate.similarity import Side, similarity
+from pipelines.evaluate.similarity import Pairs, Side, similarity
 from pipelines.evaluate.thumbnails import thumbnail
 from pipelines.index.recall import unit
 from pipelines.record import read_record
@@ -64,6 +65,7 @@ def test_a_set_with_itself_is_matched_by_label_without_the_diagonal(root: Path) 
     assert figures["unmatched"]["mean"] == pytest.approx(scores[off & ~same].mean(), abs=1e-4)
     greater = (scores[same][:, None] > scores[off & ~same][None, ::97]).mean()
     assert figures["auc"] == pytest.approx(greater, abs=0.02)
+
     names = sorted({label for label in labels if label})
     assert figures["labels"]["names"] == names
     block = np.array([label == names[0] for label in labels])
@@ -71,6 +73,20 @@ def test_a_set_with_itself_is_matched_by_label_without_the_diagonal(root: Path) 
         scores[np.ix_(block, [label == names[1] for label in labels])].mean(), abs=1e-4
     )
     assert figures["modality_gap"] == 0
+
+
+def test_figures_of_pairs_are_those_of_the_sorted_scores() -> None:
+    random = np.random.default_rng(0)
+    scores = random.uniform(-1, 1, (700, 600)).astype(np.float32)
+    scores[:, :9] = 1.0  # Ties, and the end of the scale.
+    matched = random.random(scores.shape) < 0.1
+    figures = Pairs(scores, matched, ~matched).figures()
+    assert figures["auc"] == pytest.approx(roc_auc_score(matched.ravel(), scores.ravel()), abs=1e-5)
+    for name, which in (("matched", matched), ("unmatched", ~matched)):
+        of = np.quantile(scores[which], [0.05, 0.5, 0.95])
+        assert [figures[name][each] for each in ("p5", "median", "p95")] == pytest.approx(of.tolist(), abs=1e-4)
+        assert figures[name]["mean"] == pytest.approx(float(scores[which].mean()), abs=1e-5)
+        assert figures[name]["pairs"] == which.sum()
 
 
 def test_scores_are_cosines_whatever_the_length(tmp_path: Path) -> None:
