@@ -24,7 +24,7 @@ from pipelines.index.plan import Plan
 from pipelines.index.publish import require_files
 from pipelines.index.queries import Queries
 from pipelines.index.recall import Top
-from pipelines.index.release import IndexShard, Release, Variants, load_index, newest_or_none
+from pipelines.index.release import NEW, IndexShard, Release, Variants, load_index, newest_or_none
 from pipelines.index.removed import holds_removed
 from pipelines.index.rerank import rerank_dtype
 from pipelines.index.room import require_room
@@ -34,7 +34,6 @@ from pipelines.index.train import HELD_OUT, Draw
 from pipelines.storage import Store
 
 COPIES = 8
-NEW = "new "
 
 
 def update_index(

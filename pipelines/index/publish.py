@@ -163,8 +163,7 @@ def _of_recall(release: Release, floor: float) -> Iterator[Obstacle]:
             f"`vecmill publish … --release {release.version} --floor 0`.",
         )
     elif lowest is not None and lowest < floor:
-        figures = release.recall.reranked or release.recall.figures
-        kind = min(figures, key=lambda kind: figures[kind]["recall@10"])
+        kind = min(release.recall.judged, key=release.recall.judged.__getitem__)
         how = " after re-ranking" if release.recall.reranked else ""
         yield Obstacle(
             f"recall@10 of {kind} queries is {lowest:.3f}{how}, below the floor of {floor:g}",

@@ -80,6 +80,9 @@ def caption_queries(store: Store, encoder: str, images: Parts, settings: IndexCo
     if texts.dim != images.dim:
         return None
     indexed = {shard_of(part.name) for part in images.ranges}
+    theirs = tuple(part for part in texts.ranges if shard_of(part.name) in indexed)
+    texts = texts.model_copy(update={"ranges": theirs})
+    if not texts.rows:
+        return None
     picked = pick(texts, settings.recall_queries, settings.seed)
-    kept = [at if shard_of(part.name) in indexed else at[:0] for part, at in zip(texts.ranges, picked, strict=True)]
-    return read_picked(store, texts, kept) if any(map(len, kept)) else None
+    return read_picked(store, texts, picked) if any(map(len, picked)) else None

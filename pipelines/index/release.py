@@ -21,6 +21,8 @@ MANIFEST, CLAIM, POINTER, REPORT = "manifest.json", "build.json", "CURRENT", "re
 CHART = "curve.svg"
 PUBLISHED = "published"
 ID_SPACES = "id_spaces"
+NEW = "new "
+"""Begins the name of a kind of query that is of an update's new parts."""
 TRAINED = "trained.faiss"
 MERGED = "merged.json"
 _VERSION = re.compile(r"v\d{4,}")
@@ -87,9 +89,19 @@ class Recall(BaseModel):
     reranked: dict[str, dict[str, float]] = {}
 
     @property
+    def judged(self) -> dict[str, float]:
+        """recall@10 as search has it by default, by kind of query, of those whose nearest in the whole index are known.
+
+        Of an update's new queries they are known in the index shards alone that it fills, where others than a search
+        finds are the nearest.
+        """
+        figures = self.reranked or self.figures
+        return {kind: found["recall@10"] for kind, found in figures.items() if not kind.startswith(NEW)}
+
+    @property
     def lowest_at_10(self) -> float | None:
-        """recall@10 as search has it by default, of the kind of query that fares worst; None if it was not measured."""
-        return min((kind["recall@10"] for kind in (self.reranked or self.figures).values()), default=None)
+        """That of the kind that fares worst; None if it was not measured."""
+        return min(self.judged.values(), default=None)
 
 
 class Coding(BaseModel):

@@ -49,7 +49,8 @@ def _recall(release: Release) -> Iterator[str]:
     yield "Of queries that were not trained on, against exact search of all vectors. recall@k: share of the exact k "
     yield "nearest among the k found. 1-recall@k: how often the nearest of all is among them.\n"
     if release.grown_from:
-        yield "Recall of `new` kinds is of queries drawn from what was added, against the index shards filled for it.\n"
+        yield "Recall of `new` kinds is of queries drawn from what was added, against exact search of the index shards "
+        yield "filled for it, which alone are asked: a search of the whole finds others. The floor is not for these.\n"
     yield from table(["queries", "", *FIGURES, "ms a query", "bytes a vector"])
     for kind, count in release.recall.queries.items():
         for how, figures, ms, size in rows_of(release, kind):
