@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -87,7 +89,28 @@ def stop(refs: list[Any]) -> None:
     """Cancels tasks, and returns once none of them runs."""
     for ref in refs:
         ray.cancel(ref)
-    ray.wait(refs, num_returns=len(refs))
+    if refs:
+        ray.wait(refs, num_returns=len(refs))
+
+
+def results(begin: Iterable[Callable[[], Any]]) -> Iterator[Any]:
+    """Of tasks, in order. begin: begins one, and returns its reference.
+
+    Twice as many as the cluster has CPUs are under way at once: what they answer lies in the object store until its
+    turn comes. Where one fails, none of the others goes on.
+    """
+    cluster: dict[str, float] = ray.cluster_resources()  # type: ignore[no-untyped-call]
+    under_way, most = deque[Any](), 2 * max(1, int(cluster.get("CPU", 1)))
+    try:
+        for begin_one in begin:
+            if len(under_way) == most:
+                yield get(under_way.popleft())
+            under_way.append(begin_one())
+        while under_way:
+            yield get(under_way.popleft())
+    except Exception:
+        stop([*under_way])
+        raise
 
 
 def get(ref: Any) -> Any:

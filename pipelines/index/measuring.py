@@ -11,7 +11,7 @@ import numpy as np
 import ray
 
 from pipelines.config import IndexConfig
-from pipelines.index.add import answer_task, get, score_task
+from pipelines.index.add import answer_task, results, score_task
 from pipelines.index.asked import Asked
 from pipelines.index.cache import opened_shard
 from pipelines.index.choose import holds_codes
@@ -138,8 +138,8 @@ class Measuring:
         """What all index shards together find, one an Ask, once each is known to hold the samples."""
         task: Any = answer_task.options(memory=self.plan.task_bytes)
         rest = (asks, ray.put(queries.vectors), samples, self.coding, standing(self.plan.parts))
-        refs = [task.remote(self.store, self.folder, shard, *rest) for shard in self.shards]
-        answers = (self.heard(shard, get(ref)) for shard, ref in zip(self.shards, refs, strict=True))
+        told = results(partial(task.remote, self.store, self.folder, shard, *rest) for shard in self.shards)
+        answers = (self.heard(shard, answer) for shard, answer in zip(self.shards, told, strict=True))
         return merged(answers, asks, self.settings.metric, queries.own)
 
     def found(self, queries: Queries, tops: list[Top]) -> list[Found]:
@@ -159,14 +159,11 @@ class Measuring:
         candidates: Any = ray.put([top.ids for top in tops])
         # Candidates as they come, those of one index shard, and their scores; and a batch of vectors.
         task = score_task.options(memory=4 * BATCH_BYTES + 3 * sum(top.ids.nbytes for top in tops))
-        refs = [
-            task.remote(self.store, self.folder, shard, self.coding, self.settings.metric, asked, candidates)
-            for shard in self.shards
-        ]
+        rest = (self.coding, self.settings.metric, asked, candidates)
         best = [np.full(top.ids.shape, np.nan, np.float32) for top in tops]
-        for ref in refs:
+        for scores in results(partial(task.remote, self.store, self.folder, shard, *rest) for shard in self.shards):
             # Each candidate is in one index shard; where it is not, fmax takes the number there is.
-            best = [np.fmax(one, two) for one, two in zip(best, get(ref), strict=True)]
+            best = [np.fmax(one, two) for one, two in zip(best, scores, strict=True)]
         return best
 
     def rerank(self, queries: Queries, found: Top) -> Rerank:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from datetime import UTC, datetime
+from functools import partial
 from importlib.metadata import version
 from itertools import chain
 from pathlib import Path
@@ -16,7 +17,7 @@ import ray
 
 from pipelines.config import IndexConfig
 from pipelines.contracts import Modality
-from pipelines.index.add import fill_task, get, read_task, stop
+from pipelines.index.add import fill_task, read_task, results
 from pipelines.index.asked import Asked, keep_asked
 from pipelines.index.attempt import Attempt, Filled, Learnt, Progress
 from pipelines.index.chart import svg
@@ -147,8 +148,9 @@ class Build:
     def read_at(self, positions: Sequence[Ids]) -> Iterator[Vectors]:
         """float32 [n, dim] of each run of parts, whose sorted positions of each part are given."""
         runs = zip(self.plan.run_parts(), self.plan.runs, strict=True)
-        refs = [read_task.remote(self.store, parts, positions[run.start : run.stop]) for parts, run in runs]
-        return map(get, refs)
+        return results(
+            partial(read_task.remote, self.store, parts, positions[run.start : run.stop]) for parts, run in runs
+        )
 
     def train(self, sample: Vectors) -> KeptFile:
         """The empty trained index that every index shard starts from."""
@@ -195,16 +197,11 @@ class Build:
         asked, trained = ray.put(queries.vectors), f"{self.folder}/{learnt.trained.file}"
         depth = K + 1 if self.settings.recall_queries else 0
         rest = (asked, depth, self.settings.metric, learnt.coding, self.plan.scratch_bytes)
-        refs = [
-            task.remote(self.store, self.attempt.note_of(name), parts, trained, f"{self.folder}/{name}", *rest)
+        # Where one fails, none may go on to write what is then taken back.
+        return results(
+            partial(task.remote, self.store, self.attempt.note_of(name), parts, trained, f"{self.folder}/{name}", *rest)
             for name, parts in runs.items()
-        ]
-        try:
-            yield from map(get, refs)
-        except Exception:
-            # None may go on to write what is then taken back.
-            stop(refs)
-            raise
+        )
 
     def variants(self, tuned: Tuned, queries: Queries, progress: Progress) -> Variants | None:
         """Other keys compared on a sample of the parts, without the queries; None where that is not asked for."""

@@ -5,16 +5,20 @@ import os
 import tracemalloc
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import faiss
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+import ray
 
 from pipelines.config import IndexConfig
 from pipelines.errors import ConfigError, IndexBuildError
+from pipelines.index.add import results
 from pipelines.index.build import build_index
 from pipelines.index.publish import NotPublishedError, list_releases, publish, rollback
 from pipelines.index.recall import exact, recall_at
@@ -346,3 +350,16 @@ def test_vectors_that_are_all_the_same_have_an_index_and_nothing_to_miss(ray_loc
         assert release.recall.lowest_at_10 == 1
         (row,) = Searcher(store).search(np.ones((1, 16), np.float32), 5)
         assert len(row) == 5
+
+
+@pytest.mark.usefixtures("ray_local")
+def test_no_more_answers_wait_in_the_object_store_than_a_few_for_each_cpu() -> None:
+    begun, most = list[int](), 2 * int(ray.cluster_resources()["CPU"])
+
+    def begin(number: int) -> Any:
+        begun.append(number)
+        return ray.put(number)
+
+    for at, found in enumerate(results(partial(begin, number) for number in range(5 * most))):
+        assert found == at and len(begun) <= at + 1 + most
+    assert begun == list(range(5 * most))
