@@ -206,8 +206,14 @@ def _direction(store: Store, encoder: str, protocol: Protocol, asks: Modality, f
     if asked.fold:
         return _in_folds(encoder, protocol, asks, finds, questions, gallery, asked, asked.fold)
     size = sum(len(ids) for ids, _ in gallery.codes())
-    count = asked.sample or max(QUERIES_AT_LEAST, PAIRS_AT_LEAST // max(1, size))
+    fitting = asked.room.bytes // 4 // (4 * questions.dim)
+    count = asked.sample or min(fitting, max(QUERIES_AT_LEAST, PAIRS_AT_LEAST // max(1, size)))
     ids, total = draw(questions, count, asked.seed)
+    if len(ids) > fitting:
+        raise ConfigError(
+            f"{len(ids):,} queries of {questions.dim} dimensions are more than {asked.room.memory_mib:,} MiB hold",
+            f"Lower --sample to {fitting:,}, or raise --memory.",
+        )
     require_items(total, encoder, protocol, asks, asked)
     queries = collect(questions, ids, asked.room.tile_rows(0, questions.dim))
     ranked = exact_figures(queries, gallery, asked.room, same)

@@ -206,6 +206,8 @@ def test_what_cannot_be_asked_is_said(root: Path, tmp_path: Path) -> None:
         result(root, protocols=("captions",), split="dev")
     with pytest.raises(ConfigError, match="fewer than 10,000 samples"):
         result(root, protocols=("captions",), fold=10_000)
+    with pytest.raises(ConfigError, match=r"5 queries of \d+ dimensions are more than 0 MiB hold"):
+        result(root, protocols=("captions",), sample=5, room=Room(0))
     with pytest.raises(ConfigError, match="no text vectors whose metadata have the field pid") as refused:
         result(root, identity="pid")
     assert refused.value.fix == "Check --identity."
