@@ -236,7 +236,7 @@ def _page(one: Side, other: Side, rows: Drawn, columns: Drawn, pairs: Pairs, fig
             _by_label(axes, figures["labels"])
         else:
             _binned(axes, pairs.scores)
-        axes.set_xlabel(f"{other.name} →", labelpad=32 if len(rows.samples) <= FEW else 4)
+        axes.set_xlabel(f"{other.name} →", labelpad=44 if len(rows.samples) <= FEW else 4)
         axes.set_ylabel(f"{one.name} →", labelpad=38 if len(rows.samples) <= FEW else 4)
         _distributions(beside, pairs)
         return png(page)

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import gzip
 import io
+import shutil
 import tarfile
 from hashlib import sha256
 from pathlib import Path
@@ -15,13 +16,14 @@ from PIL import Image
 from sklearn.metrics import roc_auc_score
 
 from pipelines.errors import ConfigError
-from pipelines.evaluate.similarity import Pairs, Side, similarity
+from pipelines.evaluate.charts import figure
+from pipelines.evaluate.similarity import Pairs, Side, _binned, similarity
 from pipelines.evaluate.thumbnails import thumbnail
 from pipelines.index.recall import unit
 from pipelines.record import read_record
 from pipelines.storage import Store
 from tests.indexed import ENCODER, everything, write_output
-from tests.unit.evaluate.outputs import describe, label_of, replace_vectors
+from tests.unit.evaluate.outputs import describe, label_of, replace_column, replace_vectors
 
 
 @pytest.fixture(scope="module")
@@ -126,12 +128,62 @@ def test_what_cannot_be_compared_is_refused_with_the_reason(root: Path, tmp_path
         similarity(side(tmp_path, "image"), side(tmp_path, "text"))
 
 
-@pytest.mark.parametrize("sample", [5, 300])
-def test_the_picture_has_what_the_data_has(root: Path, sample: int) -> None:
+def test_multimodal_vectors_are_compared_too(tmp_path: Path) -> None:
+    store = write_output(tmp_path, parts=1)
+    folder = tmp_path / "embeddings" / ENCODER
+    shutil.copytree(folder / "image", folder / "multimodal")
+    record = read_record(store)
+    known = record.encoders[ENCODER]
+    known.spec["vectors"]["multimodal"] = known.spec["vectors"]["image"]
+    (tmp_path / "run.json").write_text(
+        record.model_copy(
+            update={"encoders": {ENCODER: known.model_copy(update={"modalities": [*known.modalities, "multimodal"]})}}
+        ).model_dump_json()
+    )
+    figures = similarity(side(tmp_path, "image"), side(tmp_path, "multimodal"), sample=50)
+    assert figures["items"] == 50 and figures["auc"] == 1.0 and figures["modality_gap"] == 0
+    assert figures["matched"]["mean"] == pytest.approx(1, abs=1e-3)
+
+
+PURPLE = np.array([255, 0, 255])
+
+
+def purple(root: Path, sample: int) -> tuple[int, int]:
+    """Items in the picture, and pixels of that colour, which no chart has; other colours there must be."""
     figures = similarity(side(root, "image"), side(root, "text"), sample=sample)
     with Image.open(Path(figures["folder"]) / "similarity.png") as picture:
         colours = np.asarray(picture.convert("RGB")).reshape(-1, 3)
-        assert picture.width > 1_000 and len(np.unique(colours, axis=0)) > 50
+    assert len(np.unique(colours, axis=0)) > 50
+    return figures["items"], int((np.abs(colours.astype(int) - PURPLE).max(axis=1) < 16).sum())
+
+
+def test_a_few_items_are_shown_by_their_pictures(tmp_path: Path) -> None:
+    write_output(tmp_path, parts=1)
+    file = tmp_path / "purple.png"
+    Image.new("RGB", (200, 200), tuple(PURPLE.tolist())).save(file)
+    place = {"uri": str(file), "offset": None, "length": None, "sha256": sha256(file.read_bytes()).hexdigest()}
+    for name, value in place.items():
+        replace_column(
+            tmp_path / "samples", name, lambda column, value=value: pa.array([value] * len(column), column.type)
+        )
+    (few, drawn), (more, all_drawn) = purple(tmp_path, 4), purple(tmp_path, 12)
+    assert more > few and drawn > 1_000 * few
+    assert all_drawn / more == pytest.approx(drawn / few, rel=0.1)
+    assert purple(tmp_path, 40)[1] == 0
+
+
+def test_many_items_without_labels_are_shown_by_the_means_of_bins(tmp_path: Path) -> None:
+    write_output(tmp_path, parts=1)
+    assert similarity(side(tmp_path, "image"), side(tmp_path, "text"), sample=100)["labels"] is None
+    scores = np.random.default_rng(0).random((150, 150)).astype(np.float32)
+    with figure(4, 4) as page:
+        axes = page.subplots()
+        _binned(axes, scores)
+        shown = axes.images[0].get_array()
+    starts = np.linspace(0, 150, 64, endpoint=False).astype(int)
+    assert shown.shape == (64, 64)
+    assert shown[3, 5] == pytest.approx(scores[starts[3] : starts[4], starts[5] : starts[6]].mean(), abs=1e-6)
+    assert shown[63, 0] == pytest.approx(scores[starts[63] :, : starts[1]].mean(), abs=1e-6)
 
 
 # -- thumbnails ----------------------------------------------------------------------------------
