@@ -66,7 +66,7 @@ def in_bucket(output: str, s3: dict[str, Any], tmp_path_factory: pytest.TempPath
 def told(*arguments: str) -> dict[str, Any]:
     """The JSON document that a command prints after what it says on the way."""
     printed = vecmill(*arguments, "--json")
-    return dict(json.loads(printed[printed.index("{") :]))
+    return dict(json.loads(printed[printed.index("{\n") :]))
 
 
 def require_named_files(printed: str, folder: str) -> None:
