@@ -142,7 +142,7 @@ def failing_plainly(run: Prepared) -> AbstractContextManager[None]:
     def pending() -> list[Work]:
         return make_plan(run.store, run.plan.shards, run.families).pending
 
-    return plain_errors(run.config.cluster.no_progress_timeout_s, pending)
+    return plain_errors(pending, run.config.cluster.no_progress_timeout_s)
 
 
 def write_pending(run: Prepared, observe: Observe) -> None:

@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 import ray
+from ray.data.context import DataContext
 from ray.data.exceptions import ExecutionTimeoutError
 
 from pipelines.errors import StalledError, VecmillError, WorkerError
@@ -17,11 +18,15 @@ ACTORS = {"(Encode)": "encode", "(Translate)": "translate"}
 _OPERATOR = re.compile(r"^  - (?P<name>.+?): (?P<active>\d+) active task", re.MULTILINE)
 
 
+Pending = Callable[[], list[Work]]
+
+
 @contextmanager
-def plain_errors(no_progress_timeout_s: int, pending: Callable[[], list[Work]]) -> Iterator[None]:
+def plain_errors(pending: Pending | None = None, no_progress_timeout_s: int | None = None) -> Iterator[None]:
     """Our own errors out of the layers that Ray wraps them in, and Ray's own as what they mean to a user.
 
-    no_progress_timeout_s: as Ray was told. pending: what is not done yet.
+    pending: what is not done yet, where that is known shard by shard. no_progress_timeout_s: the setting of this name,
+    where the command has it; else Ray's own holds.
     """
     try:
         yield
@@ -29,7 +34,7 @@ def plain_errors(no_progress_timeout_s: int, pending: Callable[[], list[Work]]) 
         causes = list(_causes(error))
         ours = next((cause for cause in causes if _is_ours(cause)), None)
         told = ours or next(
-            (explained for cause in causes if (explained := _explained(cause, no_progress_timeout_s, pending))), None
+            (explained for cause in causes if (explained := _explained(cause, pending, no_progress_timeout_s))), None
         )
         if told is None or told is error:
             raise
@@ -51,15 +56,9 @@ def _causes(error: BaseException | None) -> Iterator[BaseException]:
         yield from _causes(getattr(error, "controller_failure", None))
 
 
-def _explained(
-    error: BaseException, no_progress_timeout_s: int, pending: Callable[[], list[Work]]
-) -> VecmillError | None:
+def _explained(error: BaseException, pending: Pending | None, no_progress_timeout_s: int | None) -> VecmillError | None:
     if isinstance(error, ExecutionTimeoutError):
-        return StalledError(
-            f"Nothing has moved for {no_progress_timeout_s} s. {_at_work(str(error))}. {_left(pending)}",
-            "See whether its storage and nodes answer, then run the same command again; "
-            "cluster.no_progress_timeout_s sets how long to wait.",
-        )
+        return _stalled(str(error), pending, no_progress_timeout_s)
     if isinstance(error, ray.exceptions.ActorDiedError | ray.exceptions.ActorUnavailableError):
         stage = _actor(error)
         return WorkerError(
@@ -82,6 +81,16 @@ def _explained(
     return None
 
 
+def _stalled(told: str, pending: Pending | None, no_progress_timeout_s: int | None) -> StalledError:
+    waited_s = no_progress_timeout_s or int(DataContext.get_current().execution_no_progress_timeout_s)
+    left = f" {_left(pending)}" if pending else ""
+    setting = "; cluster.no_progress_timeout_s sets how long to wait" if no_progress_timeout_s else ""
+    return StalledError(
+        f"Nothing has moved for {waited_s} s. {_at_work(told)}.{left}",
+        f"See whether its storage and nodes answer, then run the same command again{setting}.",
+    )
+
+
 def _at_work(told: str) -> str:
     """The stages that have tasks which do not end, from Ray's account of the operators that are not done."""
     active = [(_stage(found["name"]), int(found["active"])) for found in _OPERATOR.finditer(told)]
@@ -101,7 +110,7 @@ def _actor(error: BaseException) -> str | None:
     return next((stage for word, stage in ACTORS.items() if word in str(error)), None)
 
 
-def _left(pending: Callable[[], list[Work]]) -> str:
+def _left(pending: Pending) -> str:
     try:
         left = pending()
     except VecmillError as error:

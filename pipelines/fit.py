@@ -14,7 +14,7 @@ from safetensors.numpy import save
 
 from pipelines.contracts import Modality
 from pipelines.errors import ConfigError
-from pipelines.index.parts import Ids, Parts, Vectors, embeddings_folder, list_parts, pick
+from pipelines.index.parts import Ids, Parts, Vectors, embeddings_folder, list_parts, pick, unit
 from pipelines.index.removed import not_removed
 from pipelines.index.train import read_picked
 from pipelines.record import EncoderRecord, read_record
@@ -54,7 +54,7 @@ def fit(
     share = max(1, count // len(parts))
     drawn = [standing(store, each, pick(each, share, seed)) for each in parts]
     sample = np.concatenate([read_picked(store, each, at) for each, at in zip(parts, drawn, strict=True)])
-    mean, components, variance = principal(_unit(sample), dim, whiten)
+    mean, components, variance = principal(unit(sample), dim, whiten)
     data = save({"mean": mean, "components": components}, {"modalities": ",".join(names)})
     # Another fit has another name: encoders that take this one go on finding it.
     digest = hashlib.sha256(data).hexdigest()[:8]
@@ -88,12 +88,6 @@ def comparable(record: EncoderRecord, asked: Sequence[Modality] | None) -> list[
     if first.count > 1:
         raise ConfigError(f"{names[0]} has {first.count} vectors an item", "A projection is fitted to one of each.")
     return names
-
-
-def _unit(vectors: Vectors) -> Vectors:
-    """As an encoder's projection takes them, however they are stored."""
-    lengths = np.linalg.norm(vectors, axis=1, keepdims=True)
-    return np.divide(vectors, lengths, out=np.zeros_like(vectors), where=lengths > 0)
 
 
 def principal(sample: Vectors, dim: int, whiten: bool) -> tuple[Vectors, Vectors, float]:

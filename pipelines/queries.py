@@ -19,7 +19,7 @@ from pipelines.encode import Encode
 from pipelines.encoders import registry
 from pipelines.encoders.base import EncoderSpec, Target
 from pipelines.errors import ConfigError, InputError
-from pipelines.index.parts import Vectors
+from pipelines.index.parts import Vectors, unit
 from pipelines.record import read_record, require_same
 from pipelines.storage import Store
 
@@ -138,15 +138,15 @@ def _combined(
     if len({vector.shape for vector in [*texts, *others, *([away] if away is not None else [])]}) > 1:
         raise ConfigError("Vectors of different numbers or dimensions cannot be mixed", "Ask with one.")
     share = weights.text if others else 1.0
-    total = sum((share * _unit(text) for text in texts), np.float32(0))
-    total = total + sum(((1 - share if texts else 1.0) * _unit(other) for other in others), np.float32(0))
-    total = total - (weights.away * _unit(away) if away is not None else 0)
+    total = sum((share * unit(text) for text in texts), np.float32(0))
+    total = total + sum(((1 - share if texts else 1.0) * unit(other) for other in others), np.float32(0))
+    total = total - (weights.away * unit(away) if away is not None else 0)
     if not _NOTHING <= np.linalg.norm(total) < inf:
         raise InputError(
             f"What the query {query.text or query.like or query.image!r} looks for and away from cancel out",
             "Weigh them otherwise.",
         )
-    return _unit(np.asarray(total, np.float32))
+    return unit(np.asarray(total, np.float32))
 
 
 def _embedded(
@@ -255,7 +255,3 @@ def _of(row: dict[str, Any], modality: Modality, vectors: VectorSpec) -> Vectors
     found = row["text_vectors"][0]["vector"] if modality == "text" else row[f"{modality}_vector"]
     values = np.array(found, np.float32)
     return values if vectors.count == 1 else values.reshape(vectors.count, vectors.dim)
-
-
-def _unit(vector: Vectors) -> Vectors:
-    return (vector / max(float(np.linalg.norm(vector)), _NOTHING)).astype(np.float32)

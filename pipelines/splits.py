@@ -14,10 +14,11 @@ import ray.data
 from ray.data import DataContext
 
 from pipelines.config import InputConfig
+from pipelines.failures import plain_errors
 from pipelines.ledger import Work
 from pipelines.read import ShardSource
 from pipelines.sources.split import SplitConfig, split_of
-from pipelines.stats import failing_plainly, planned
+from pipelines.stats import planned
 from pipelines.storage import Store, scratch_folder
 from pipelines.training.examples import value_of
 
@@ -56,7 +57,7 @@ def write_split(config: InputConfig, shares: SplitConfig, store: Store, path: st
     counts: Counter[str | None] = Counter()
     with scratch_folder() as folder:
         file = Path(folder) / "split.parquet"
-        with failing_plainly(pending), pq.ParquetWriter(file, SPLIT) as writer:
+        with plain_errors(), pq.ParquetWriter(file, SPLIT) as writer:
             for table in rows.iter_batches(batch_size=None, batch_format="pyarrow"):
                 counts.update(table.column("split").to_pylist())
                 writer.write_table(table.cast(SPLIT))

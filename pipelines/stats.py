@@ -10,7 +10,6 @@ import io
 import json
 from collections import Counter
 from collections.abc import Iterable
-from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from math import sqrt
 from typing import Any
@@ -21,7 +20,6 @@ import ray.data
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
-from ray.data import DataContext
 
 from pipelines import sources
 from pipelines.config import DecodeConfig, InputConfig
@@ -170,13 +168,8 @@ def measure(config: InputConfig, identity: str | None) -> Stats:
     rows = ray.data.read_datasource(source, override_num_blocks=len(shards)).map_batches(
         Measure(decode, identity), batch_format="pyarrow", batch_size=None, memory=decode.peak_mib * 2**20
     )
-    with failing_plainly(pending):
+    with plain_errors():
         return added(row["stats"] for row in rows.iter_rows())
-
-
-def failing_plainly(pending: list[Work]) -> AbstractContextManager[None]:
-    """For what reads the input through and writes nothing until then. pending: all of it."""
-    return plain_errors(int(DataContext.get_current().execution_no_progress_timeout_s), lambda: pending)
 
 
 def planned(config: InputConfig) -> list[Shard]:

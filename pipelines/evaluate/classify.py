@@ -32,6 +32,7 @@ from pipelines.index.parts import (
     list_parts,
     open_part,
     shard_of,
+    unit,
     vectors,
     version_of,
 )
@@ -87,17 +88,13 @@ def prompts_of(labels: Sequence[str], templates: Sequence[str]) -> dict[str, lis
 def label_vectors(prompts: Mapping[str, Sequence[str]], embed: Embed) -> Vectors:
     """float32 [labels, dim] of unit length: the mean of each label's prompts, each of unit length before."""
     asked = list(dict.fromkeys(text for said in prompts.values() for text in said))
-    found = dict(zip(asked, _unit(embed(asked)), strict=True))
-    return _unit(np.stack([np.mean([found[text] for text in said], axis=0) for said in prompts.values()]))
-
-
-def _unit(rows: Vectors) -> Vectors:
-    return np.asarray(rows / np.linalg.norm(rows, axis=1, keepdims=True), np.float32)
+    found = dict(zip(asked, unit(embed(asked)), strict=True))
+    return unit(np.stack([np.mean([found[text] for text in said], axis=0) for said in prompts.values()]))
 
 
 def probabilities(images: Vectors, labels: Vectors, scale: float) -> Vectors:
     """float32 [images, labels], rows of sum 1: softmax of scale · cosine."""
-    logits = scale * (_unit(images) @ labels.T)
+    logits = scale * (unit(images) @ labels.T)
     grown = np.exp(logits - logits.max(axis=1, keepdims=True))
     return np.asarray(grown / grown.sum(axis=1, keepdims=True), np.float32)
 
@@ -160,7 +157,7 @@ def classify(
     store.delete([f"{plan.folder}/{SUMMARY}"])
     task, counts = label_task(store, plan, labels, embed, top), Counts()
     configure()
-    with plain_errors(int(DataContext.get_current().execution_no_progress_timeout_s), lambda: []):
+    with plain_errors():
         rows = ray.data.from_items(plan.items, override_num_blocks=min(len(plan.items), MOST_TASKS))
         for done, row in enumerate(rows.map(task, memory=TASK_BYTES).iter_rows(), 1):
             counts.add(json.loads(row["counts"]))

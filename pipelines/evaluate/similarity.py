@@ -18,8 +18,7 @@ from pipelines.evaluate.charts import HEAT, figure, histogram, png
 from pipelines.evaluate.groups import OUTSIDE, Groups
 from pipelines.evaluate.items import Tile, codes_of, collect, collect_any, draw, first_with, places_of, stored
 from pipelines.evaluate.thumbnails import samples_at, thumbnail
-from pipelines.index.parts import Ids, Vectors
-from pipelines.index.recall import unit
+from pipelines.index.parts import Ids, Vectors, unit
 from pipelines.record import read_record, require_same
 from pipelines.storage import Store
 

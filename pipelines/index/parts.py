@@ -238,6 +238,12 @@ def vectors(column: pa.ChunkedArray | pa.Array, dim: int) -> Vectors:
     return found
 
 
+def unit(vectors: Vectors) -> Vectors:
+    """float32 [..., dim], each vector of length 1, or 0 where it is nothing but zeros."""
+    lengths = np.linalg.norm(vectors, axis=-1, keepdims=True)
+    return np.asarray(vectors / np.where(lengths > 0, lengths, 1), np.float32)
+
+
 def part_of(parts: Parts, id: int) -> PartRange:
     return parts.ranges[bisect_right(parts.ranges, id, key=lambda part: part.offset) - 1]
 

@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from pipelines.index.choose import METRICS
-from pipelines.index.parts import Ids, Vectors
+from pipelines.index.parts import Ids, Vectors, unit
 from pipelines.index.selection import Selection
 
 DEPTHS = (1, 10, 100)
@@ -114,12 +114,6 @@ def exact_in_batch(queries: Vectors, first: int, batch: Vectors, k: int, metric:
 
 
 _FAISS = {**METRICS, "cosine": faiss.METRIC_INNER_PRODUCT, "l1": faiss.METRIC_L1}
-
-
-def unit(vectors: Vectors) -> Vectors:
-    """Of length 1, or 0 where a vector is nothing but zeros."""
-    lengths = np.linalg.norm(vectors, axis=1, keepdims=True)
-    return np.asarray(vectors / np.where(lengths > 0, lengths, 1), np.float32)
 
 
 def exact(

@@ -227,7 +227,7 @@ def train(
     with held(run.store, "train", "train", say=say):
         run.store.put_atomic(RECORD, json.dumps(run.record, indent=2).encode())
         meter = start_meter()
-        with plain_errors(run.config.cluster.no_progress_timeout_s, lambda: []):
+        with plain_errors(no_progress_timeout_s=run.config.cluster.no_progress_timeout_s):
             configure(run.config)
             task = Task(run.config, survey(run, say), run.store, RemoteObserve(meter))
             on_survey(task)
@@ -314,7 +314,7 @@ def configure(config: TrainConfig) -> None:
 def work(told: dict[str, Any]) -> None:
     """The function of each worker that Ray Train starts. told: its Task under `task`."""
     task: Task = told["task"]
-    with plain_errors(task.config.cluster.no_progress_timeout_s, lambda: []):
+    with plain_errors(no_progress_timeout_s=task.config.cluster.no_progress_timeout_s):
         for figures in Worker(task, place()).run():
             ray.train.report(figures)
 

@@ -30,7 +30,7 @@ def died(class_name: str) -> Exception:
 
 
 def told(error: BaseException) -> VecmillError:
-    with pytest.raises(VecmillError) as caught, plain_errors(60, lambda: PENDING):
+    with pytest.raises(VecmillError) as caught, plain_errors(lambda: PENDING, 60):
         raise error
     return caught.value
 
@@ -50,8 +50,15 @@ def test_a_stall_of_a_cluster_without_room_and_a_store_that_is_silent_too() -> N
 
     idle = STALL.replace("3 active", "0 active").replace("1 active", "0 active")
     says = "read has no task at work: its processes do not start.*cannot be told: Cannot list s3://bucket/out"
-    with pytest.raises(StalledError, match=says), plain_errors(60, silent):
+    with pytest.raises(StalledError, match=says), plain_errors(silent, 60):
         raise ExecutionTimeoutError(idle)
+
+
+def test_a_stall_of_a_command_without_the_setting_does_not_name_it() -> None:
+    with pytest.raises(StalledError) as caught, plain_errors():
+        raise ExecutionTimeoutError(STALL)
+    assert caught.value.what.endswith("s. Stalled: read (3 tasks), write (1 tasks).")
+    assert "cluster." not in caught.value.fix
 
 
 @pytest.mark.parametrize(
@@ -102,10 +109,10 @@ def test_of_a_training_run_the_workers_own_error_is_told(by_a_task: bool, by_the
 
 
 def test_what_is_no_error_of_ours_in_a_training_run_stays_rays() -> None:
-    with pytest.raises(WorkerGroupError), plain_errors(60, lambda: PENDING):
+    with pytest.raises(WorkerGroupError), plain_errors(lambda: PENDING, 60):
         raise WorkerGroupError("Traceback: ...", {0: ZeroDivisionError()})
 
 
 def test_what_nobody_knows_stays_as_it_is() -> None:
-    with pytest.raises(ZeroDivisionError), plain_errors(60, lambda: PENDING):
+    with pytest.raises(ZeroDivisionError), plain_errors(lambda: PENDING, 60):
         raise ZeroDivisionError

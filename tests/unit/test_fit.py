@@ -15,7 +15,8 @@ from pipelines.encoders import registry
 from pipelines.encoders.name import EncoderName
 from pipelines.encoders.projection import reduced
 from pipelines.errors import ConfigError, EncoderError
-from pipelines.fit import _unit, fit, principal
+from pipelines.fit import fit, principal
+from pipelines.index.parts import unit
 from pipelines.remove import Asked, remove
 from tests.checkpoints import save_open_clip, some_tokens
 from tests.indexed import everything, write_output
@@ -138,7 +139,7 @@ def test_what_was_taken_down_has_no_part_in_a_fit(tmp_path: Path, compacted: boo
     fitted = fit(store, "clip", 5, modalities=["image"], count=10**6)
     kept = np.array([item.key not in removed for item in items])
     assert (before.sampled, fitted.sampled) == (len(items), int(kept.sum()))
-    mean, components, variance = principal(_unit(vectors[kept]), 5, whiten=False)
+    mean, components, variance = principal(unit(vectors[kept]), 5, whiten=False)
     held = load_file(fitted.path)
     np.testing.assert_allclose(held["mean"], mean, atol=1e-6)
     np.testing.assert_allclose(held["components"], components, atol=1e-5)

@@ -137,7 +137,11 @@ def test_many_labels_are_compared_a_few_images_at_a_time(root: Path, monkeypatch
     monkeypatch.setattr("pipelines.evaluate.classify.TASK_BYTES", 4 * CELL_BYTES * len(NAMES) * 3)
     assert labelled(root, Labels(PROMPTS, SCALE)) == whole
     paths = sorted(Path(whole["folder"]).glob("*.parquet"))
-    assert [pq.read_table(path) for path in paths] == before
+    for path, table in zip(paths, before, strict=True):
+        again = pq.read_table(path)
+        assert again.drop(["probability", "top"]) == table.drop(["probability", "top"])
+        # Products of few rows and of many are rounded otherwise on some processors.
+        assert np.allclose(again["probability"], table["probability"], atol=1e-6)
     assert pq.ParquetFile(paths[0]).metadata.row_group(0).num_rows == 3
 
 

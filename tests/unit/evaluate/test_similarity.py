@@ -19,7 +19,7 @@ from pipelines.errors import ConfigError
 from pipelines.evaluate.charts import figure
 from pipelines.evaluate.similarity import Pairs, Side, _binned, similarity
 from pipelines.evaluate.thumbnails import thumbnail
-from pipelines.index.recall import unit
+from pipelines.index.parts import unit
 from pipelines.record import read_record
 from pipelines.storage import Store
 from tests.indexed import ENCODER, everything, write_output
