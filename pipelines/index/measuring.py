@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -13,7 +14,7 @@ import ray
 from pipelines.config import IndexConfig
 from pipelines.index.add import answer_task, results, score_task
 from pipelines.index.asked import Asked
-from pipelines.index.cache import opened_shard
+from pipelines.index.cache import Cache, opened_shard
 from pipelines.index.choose import holds_codes
 from pipelines.index.measure import (
     CURVE_K,
@@ -34,7 +35,7 @@ from pipelines.index.release import Coding, CurvePoint, IndexShard, Recall, Rera
 from pipelines.index.rerank import StoredVectors
 from pipelines.index.selection import standing
 from pipelines.index.tune import apply, around, batch_query_ms, least, query_ms, tune
-from pipelines.storage import Store
+from pipelines.storage import Store, scratch_folder
 
 K = max(DEPTHS)
 CURVE_S = 0.3
@@ -90,11 +91,16 @@ class Measuring:
         """Parameters for all index shards, tuned on the first where none are decided, and milliseconds a query takes.
 
         A search goes through the index shards one after the other, so that each has its rows' share
-        of the target. A local index shard is mapped, as searches have it; one in other storage is read into memory.
+        of the target. It is mapped, as searches have it: one in other storage from a copy, where the disk has room.
         """
-        shard = self.shards[0]
-        share = shard.rows / self.plan.parts.rows
-        index = opened_shard(self.store, self.folder, shard, self.plan.key)
+        with scratch_folder() as scratch:
+            copies = Cache(Path(scratch), self.shards[0].bytes, optional=True)
+            return self._tuned(
+                opened_shard(self.store, self.folder, self.shards[0], self.plan.key, copies), queries, decided
+            )
+
+    def _tuned(self, index: Any, queries: Queries, decided: str | None) -> Tuned:
+        share = self.shards[0].rows / self.plan.parts.rows
         params = tune(index, self.plan.key, self.settings.max_query_ms * share) if decided is None else decided
         others = around(self.plan.key, params) if self.settings.recall_queries else []
         times = {}

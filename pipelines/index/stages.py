@@ -17,7 +17,7 @@ import ray
 
 from pipelines.config import IndexConfig
 from pipelines.contracts import Modality
-from pipelines.index.add import fill_task, read_task, results
+from pipelines.index.add import fill_task, read_task, results, trained
 from pipelines.index.asked import Asked, keep_asked
 from pipelines.index.attempt import Attempt, Filled, Learnt, Progress
 from pipelines.index.chart import svg
@@ -41,7 +41,6 @@ from pipelines.index.release import (
 )
 from pipelines.index.report import markdown
 from pipelines.index.rerank import learn_coding
-from pipelines.index.train import train
 from pipelines.index.variants import compare
 from pipelines.observe import Clock, peak_memory_mib
 from pipelines.storage import Store, scratch_folder
@@ -128,9 +127,9 @@ class Build:
         with self.stage("read"):
             sample, queries = self.read(progress)
         with self.stage("train"):
-            trained = self.train(sample)
+            index = self.train(sample, progress)
             coding = learn_coding(self.plan.rerank, sample if len(sample) else queries.kinds[self.modality])
-        learnt = Learnt(trained=trained, coding=coding, seconds=self.seconds, peak_mib=self.peak_mib)
+        learnt = Learnt(trained=index, coding=coding, seconds=self.seconds, peak_mib=self.peak_mib)
         self.attempt.keep_learnt(learnt, queries)
         return learnt, queries
 
@@ -152,9 +151,9 @@ class Build:
             partial(read_task.remote, self.store, parts, positions[run.start : run.stop]) for parts, run in runs
         )
 
-    def train(self, sample: Vectors) -> KeptFile:
+    def train(self, sample: Vectors, progress: Progress) -> KeptFile:
         """The empty trained index that every index shard starts from."""
-        index = train(self.plan.key, self.settings.metric, sample, self.plan.parts.dim)
+        index = trained(self.plan.key, self.settings.metric, sample, self.plan.parts.dim, progress)
         with scratch_folder() as scratch:
             local = Path(scratch) / TRAINED
             faiss.write_index(index, str(local))

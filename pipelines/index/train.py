@@ -103,7 +103,7 @@ def read_picked(store: Store, parts: Parts, positions: Sequence[Ids]) -> Vectors
 def train(key: str, metric: str, sample: Vectors, dim: int) -> Any:
     """An empty FAISS index that has learnt its transform, clusters and codes from float32 [n, dim].
 
-    Where FAISS has GPUs, they find the clusters of an IVF; the index itself stays on the CPU.
+    Where FAISS has GPUs here, they find the clusters of an IVF; the index itself stays on the CPU.
     """
     index = empty_index(key, dim, metric)
     if not index.is_trained:

@@ -2,6 +2,8 @@
 
 import io
 import os
+import subprocess
+import sys
 import tracemalloc
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -363,3 +365,31 @@ def test_no_more_answers_wait_in_the_object_store_than_a_few_for_each_cpu() -> N
     for at, found in enumerate(results(partial(begin, number) for number in range(5 * most))):
         assert found == at and len(begun) <= at + 1 + most
     assert begun == list(range(5 * most))
+
+
+ON_A_CLUSTER_WITH_A_GPU = """
+import sys, tempfile
+from pathlib import Path
+from pipelines.config import IndexConfig
+from pipelines.index.build import build_index
+from pipelines.storage import Store
+from tests.conftest import start
+
+with tempfile.TemporaryDirectory(prefix="vm", ignore_cleanup_errors=True) as folder:
+    start(folder, num_gpus=1)
+    settings = IndexConfig.model_validate_json(sys.argv[2])
+    print(build_index(Store(sys.argv[1]), sys.argv[3], "image", settings, print, force=True).trained.sha256)
+"""
+
+
+@pytest.mark.long
+def test_where_the_cluster_has_a_gpu_it_is_trained_there(ray_local: None, tmp_path: Path) -> None:
+    """One that Ray is told of; FAISS finds none in the task, and so does the same as here."""
+    store, settings = write_output(tmp_path, parts=4, rows=700), IndexConfig(index_key="OPQ4_16,IVF16,PQ4x4", **QUICK)
+    here: list[str] = []
+    release = build_index(store, ENCODER, "image", settings, here.append)
+    assert not any("GPU" in line for line in here)
+    arguments = [str(tmp_path), settings.model_dump_json(), ENCODER]
+    printed = subprocess.check_output([sys.executable, "-c", ON_A_CLUSTER_WITH_A_GPU, *arguments], text=True)
+    assert "training where the cluster has a GPU" in printed
+    assert printed.splitlines()[-1] == release.trained.sha256
