@@ -13,7 +13,7 @@ import numpy as np
 
 from pipelines.errors import ConfigError, InputError
 from pipelines.evaluate.groups import OUTSIDE, Groups
-from pipelines.evaluate.items import StoredItems, codes_of, collect_any, draw, first_with, places_of, stored
+from pipelines.evaluate.items import StoredItems, codes_of, collect_any, draw, first_with, is_unit, places_of, stored
 from pipelines.evaluate.pages import page, shown
 from pipelines.evaluate.retrieval import Asked, measured
 from pipelines.evaluate.thumbnails import samples_at, thumbnails
@@ -99,7 +99,7 @@ def compare(
         stored(rival.store, rival.encoder, "image", Groups(rival.store, "key", known=known)) for rival in rivals
     ]
     codes = _common(everyone, wanted, known)
-    found = [_nearest(items, codes, wanted.k) for items in everyone]
+    found = [_nearest(rival, items, codes, wanted.k) for rival, items in zip(rivals, everyone, strict=True)]
     neighbours = [codes_of(items, top.ids) for items, top in zip(everyone, found, strict=True)]
     document: dict[str, Any] = {
         "made": f"{datetime.now(UTC):%Y-%m-%d %H:%M:%S} UTC",
@@ -144,11 +144,12 @@ def _count(items: StoredItems) -> int:
     return items.findable.total if items.findable else items.parts.rows
 
 
-def _nearest(items: StoredItems, codes: Ids, k: int) -> Top:
-    """Of each query's image the k nearest others, exactly."""
+def _nearest(rival: Contender, items: StoredItems, codes: Ids, k: int) -> Top:
+    """Of each query's image the k nearest others by cosine, exactly."""
     own = first_with(items, codes)
     queries = collect_any(items, own, TILE_ROWS).vectors
-    return without(exact(queries, batches(items.store, items.parts), k + 1, "ip", items.findable), own)
+    metric = "ip" if is_unit(rival.store, rival.encoder) else "cosine"
+    return without(exact(queries, batches(items.store, items.parts), k + 1, metric, items.findable), own)
 
 
 def overlap(one: Ids, other: Ids) -> float:

@@ -18,12 +18,11 @@ from scipy.sparse.csgraph import connected_components
 from pipelines.contracts import Modality
 from pipelines.errors import ConfigError
 from pipelines.evaluate.groups import read_samples
-from pipelines.evaluate.items import require_one_vector
+from pipelines.evaluate.items import is_unit, require_one_vector
 from pipelines.index.parts import Ids, PartRange, Parts, Vectors, batches, list_grown, open_part
 from pipelines.index.recall import ROUNDING, Top
 from pipelines.index.removed import not_removed
 from pipelines.index.selection import Selection, end_of
-from pipelines.record import read_record
 from pipelines.search import Searcher
 from pipelines.storage import Store, scratch_folder
 from pipelines.takedowns import read_takedowns
@@ -185,7 +184,7 @@ def _searcher(store: Store, encoder: str, modality: Modality, sought: Sought) ->
 
 
 def _require_cosines(store: Store, encoder: str) -> None:
-    if not read_record(store).encoders[encoder].encoder_spec(store.options).normalize:
+    if not is_unit(store, encoder):
         raise ConfigError(
             f"embeddings/{encoder} has vectors that are not of unit length: what an index says of them is no cosine",
             "Compare with --exact, or embed without normalize=false.",

@@ -13,9 +13,10 @@ from numpy.typing import NDArray
 from pipelines.contracts import Modality
 from pipelines.errors import ConfigError
 from pipelines.evaluate.groups import OUTSIDE, Groups
-from pipelines.index.parts import Ids, Parts, Vectors, embeddings_folder, list_parts, open_part, take, vectors
+from pipelines.index.parts import Ids, Parts, Vectors, embeddings_folder, list_parts, open_part, take, unit, vectors
 from pipelines.index.removed import not_removed
 from pipelines.index.selection import Selection
+from pipelines.record import read_record
 from pipelines.storage import Store
 from pipelines.takedowns import read_takedowns
 
@@ -35,6 +36,10 @@ class Tile:
 
     def of(self, which: NDArray[Any] | slice) -> Tile:
         return Tile(self.ids[which], self.codes[which], self.vectors[which])
+
+    def unit(self) -> Tile:
+        """The same with vectors of length 1, whose inner products are cosines."""
+        return Tile(self.ids, self.codes, unit(self.vectors))
 
 
 class ItemPlace(NamedTuple):
@@ -101,6 +106,23 @@ class StoredItems:
 
 
 @dataclass(frozen=True)
+class UnitItems:
+    """Other items, with vectors of length 1."""
+
+    items: Items
+
+    @property
+    def dim(self) -> int:
+        return self.items.dim
+
+    def tiles(self, rows: int) -> Iterator[Tile]:
+        return (tile.unit() for tile in self.items.tiles(rows))
+
+    def codes(self) -> Iterator[tuple[Ids, Ids]]:
+        return self.items.codes()
+
+
+@dataclass(frozen=True)
 class HeldItems:
     """Items in memory."""
 
@@ -124,6 +146,11 @@ def stored(store: Store, encoder: str, modality: Modality, groups: Groups) -> St
     parts = list_parts(store, embeddings_folder(encoder, modality))
     require_one_vector(parts)
     return StoredItems(store, parts, groups, not_removed(store, parts, read_takedowns(store)))
+
+
+def is_unit(store: Store, encoder: str) -> bool:
+    """Whether the vectors were written with length 1, so that their inner products are cosines already."""
+    return read_record(store).encoders[encoder].encoder_spec(store.options).normalize
 
 
 def require_one_vector(parts: Parts) -> None:

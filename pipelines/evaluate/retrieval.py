@@ -2,7 +2,7 @@
 
 captions: image→text and text→image, a hit is any caption of the image and the image of the caption (Karpathy and
 Fei-Fei, CVPR 2015). identity: text→image, a hit is any image of the same person (CUHK-PEDES; Li et al., CVPR 2017).
-label: image→image, a hit is any other image of the same label.
+label: image→image, a hit is any other image of the same label. Nearness is the cosine, whatever length vectors have.
 """
 
 from __future__ import annotations
@@ -24,16 +24,18 @@ from pipelines.evaluate.items import (
     Items,
     StoredItems,
     Tile,
+    UnitItems,
     codes_of,
     collect,
     draw,
+    is_unit,
     require_one_vector,
     stored,
 )
 from pipelines.evaluate.metrics import DEPTHS, Ranks, at_depths, ranks_in_order
 from pipelines.evaluate.ranking import Room, count_relevant, exact_figures
 from pipelines.index.parts import Ids, NoVectorsError, Vectors
-from pipelines.index.recall import without
+from pipelines.index.recall import Top, without
 from pipelines.index.release import current_version, finished, index_folder
 from pipelines.record import read_record
 from pipelines.search import Searcher
@@ -49,6 +51,8 @@ DIRECTIONS: dict[Protocol, list[tuple[Modality, Modality]]] = {
 ROUNDING = 1e-6
 """Of a score of unit vectors in float32: that of equal vectors differs by it with their places in a batch."""
 WHERE_LABELS_ARE = "Labels are the sub-folders of an input folder, or its column `label`."
+CANDIDATE_BYTES = 16 * 2**10
+"""Of what an index shard answers to one query, and of what is made of it."""
 PAIRS_AT_LEAST, QUERIES_AT_LEAST = 2 * 10**9, 1_000
 Say = Callable[[str], None]
 
@@ -202,9 +206,11 @@ def _direction(store: Store, encoder: str, protocol: Protocol, asks: Modality, f
     require_comparable(store, encoder, asks, finds)
     groups = Groups(store, _by(protocol, asked), asked.split)
     questions, gallery = stored(store, encoder, asks, groups), stored(store, encoder, finds, groups)
-    same = asks == finds
+    same, are_unit = asks == finds, is_unit(store, encoder)
+    among: Items = gallery if are_unit else UnitItems(gallery)
     if asked.fold:
-        return _in_folds(encoder, protocol, asks, finds, questions, gallery, asked, asked.fold)
+        asking = questions if are_unit else UnitItems(questions)
+        return _in_folds(encoder, protocol, asks, finds, asking, among, asked, asked.fold)
     size = sum(len(ids) for ids, _ in gallery.codes())
     fitting = asked.room.bytes // 4 // (4 * questions.dim)
     count = asked.sample or min(fitting, max(QUERIES_AT_LEAST, PAIRS_AT_LEAST // max(1, size)))
@@ -216,7 +222,7 @@ def _direction(store: Store, encoder: str, protocol: Protocol, asks: Modality, f
         )
     require_items(total, encoder, protocol, asks, asked)
     queries = collect(questions, ids, asked.room.tile_rows(0, questions.dim))
-    ranked = exact_figures(queries, gallery, asked.room, same)
+    ranked = exact_figures(queries if are_unit else queries.unit(), among, asked.room, same)
     require_answers(int(ranked.kept.sum()), protocol)
     queries = queries.of(ranked.kept)
     return Result(
@@ -286,7 +292,8 @@ def _through_index(
         return None
     queries, relevant, own = queries.of(kept), relevant[kept], own[kept]
     figures = {
-        name: at_depths(_found(searcher, gallery, queries, own, relevant)) for name, searcher in searchers.items()
+        name: at_depths(_found(searcher, gallery, queries, own, relevant, asked.room))
+        for name, searcher in searchers.items()
     }
     loss = {name: figures["exact"][name] - value for name, value in figures["found"].items()}
     return {"release": version, "queries": len(queries), "gallery": parts.rows, **figures, "loss": loss}
@@ -311,11 +318,18 @@ def require_release(store: Store, encoder: str, asked: Asked) -> None:
         )
 
 
-def _found(searcher: Searcher, gallery: Items, queries: Tile, own: Ids, relevant: Ids) -> Ranks:
-    top = without(searcher.nearest(queries.vectors, max(DEPTHS) + 1), own)
+def _found(searcher: Searcher, gallery: Items, queries: Tile, own: Ids, relevant: Ids, room: Room) -> Ranks:
+    top = without(_nearest(searcher, queries.vectors, max(DEPTHS) + 1, room), own)
     codes = codes_of(gallery, top.ids)
     hits = (codes == queries.codes[:, None]) & (codes != OUTSIDE)
     return ranks_in_order(wrong_first(hits, top.scores)[:, : max(DEPTHS)], relevant)
+
+
+def _nearest(searcher: Searcher, queries: Vectors, k: int, room: Room) -> Top:
+    """`Searcher.nearest` of so many queries at once as leave room for their candidates."""
+    step = max(1, room.bytes // 4 // CANDIDATE_BYTES)
+    tops = [searcher.nearest(queries[at : at + step], k) for at in range(0, len(queries), step)]
+    return Top(np.concatenate([top.ids for top in tops]), np.concatenate([top.scores for top in tops]))
 
 
 def wrong_first(hits: NDArray[np.bool_], scores: Vectors) -> NDArray[np.bool_]:

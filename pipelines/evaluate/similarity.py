@@ -139,15 +139,9 @@ def _in_pairs(one: Side, other: Side, sample: int, seed: int) -> tuple[Drawn, Dr
     if not len(ids):
         raise ConfigError(f"{one.name} and {other.name} have no sample in common", "Are they of the same input?")
     return (
-        Drawn(_unit_tile(collect(mine, ids, TILE_ROWS)), samples_at(one.store, places_of(mine, ids))),
-        Drawn(
-            _unit_tile(collect_any(theirs, partners, TILE_ROWS)), samples_at(other.store, places_of(theirs, partners))
-        ),
+        Drawn(collect(mine, ids, TILE_ROWS).unit(), samples_at(one.store, places_of(mine, ids))),
+        Drawn(collect_any(theirs, partners, TILE_ROWS).unit(), samples_at(other.store, places_of(theirs, partners))),
     )
-
-
-def _unit_tile(tile: Tile) -> Tile:
-    return replace(tile, vectors=unit(tile.vectors))
 
 
 def _order(rows: Drawn) -> Ids:

@@ -10,10 +10,11 @@ import pytest
 
 from pipelines.errors import ConfigError, InputError
 from pipelines.evaluate.compare import Wanted, compare, contenders, overlap
+from pipelines.index.parts import unit
 from pipelines.remove import Asked, remove
 from pipelines.storage import Store
 from tests.indexed import ENCODER, Item, everything, write_output
-from tests.unit.evaluate.outputs import describe
+from tests.unit.evaluate.outputs import describe, replace_vectors
 
 
 @pytest.fixture(scope="module")
@@ -52,6 +53,20 @@ def test_the_table_has_size_and_quality(compared: tuple[Path, dict[str, Any]]) -
     assert (one["dim"], one["bytes_per_vector"], other["dim"], other["bytes_per_vector"]) == (16, 32, 8, 16)
     assert one["quality"]["captions text→image"]["recall@10"] > 0.3 and one["images_per_second"] == 7.0
     assert all(0 <= share <= 1 for share in document["overlap"].values()) and len(document["overlap"]) == 3
+
+
+def test_nearest_is_by_the_cosine_whatever_the_length(tmp_path: Path) -> None:
+    store = write_output(tmp_path, parts=2, normalize=False)
+    write_output(tmp_path, parts=2, dim=8, seed=1, encoder="other-11111111")
+    replace_vectors(
+        tmp_path / "embeddings" / ENCODER / "image",
+        lambda vectors: vectors * 2.0 ** (np.arange(len(vectors)) % 5)[:, None],
+    )
+    document = compare(contenders([store]), Wanted(k=5, agreed=40, shown=3))
+    items, vectors = everything(tmp_path, "image")
+    for query in document["queries"]:
+        (hits,) = (found["hits"] for found in query["found"] if found["encoder"] == ENCODER)
+        assert [hit["key"] for hit in hits] == nearest(items, unit(vectors), query["key"], 5)
 
 
 def test_overlap_is_the_share_in_common() -> None:

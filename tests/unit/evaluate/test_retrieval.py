@@ -17,7 +17,7 @@ from pipelines.evaluate.retrieval import Asked, evaluate, kept_at, wrong_first
 from pipelines.record import read_record, write_record
 from pipelines.storage import Store
 from tests.indexed import ENCODER, Item, everything, write_output
-from tests.unit.evaluate.outputs import describe, described, label_of
+from tests.unit.evaluate.outputs import describe, described, label_of, replace_vectors
 from tests.unit.test_search import write_release
 
 
@@ -151,6 +151,19 @@ def test_what_an_index_does_not_find_is_its_loss(root: Path, tmp_path: Path) -> 
     assert through["loss"]["recall@10"] > 0.1
 
 
+@pytest.mark.parametrize("asked", [{}, {"fold": 100}])
+def test_nearness_is_the_cosine_whatever_the_length(tmp_path: Path, asked: dict[str, Any]) -> None:
+    write_output(tmp_path, parts=2, normalize=False)
+    one, other = (result(tmp_path, asks, protocols=("captions",), **asked) for asks in ("image", "text"))
+    for modality in ("image", "text"):
+        replace_vectors(
+            tmp_path / "embeddings" / ENCODER / modality,
+            lambda vectors: vectors * 2.0 ** (np.arange(len(vectors)) % 5)[:, None],
+        )
+    assert result(tmp_path, "image", protocols=("captions",), **asked)["figures"] == pytest.approx(one["figures"])
+    assert result(tmp_path, "text", protocols=("captions",), **asked)["figures"] == pytest.approx(other["figures"])
+
+
 def test_a_sample_of_queries_is_near_all_of_them_and_seeded(root: Path) -> None:
     everyone = result(root, "text", protocols=("captions",))["figures"]["recall@10"]
     some = result(root, "text", protocols=("captions",), sample=300)
@@ -190,13 +203,18 @@ def test_what_does_not_suit_is_left_out_with_the_reason_unless_it_was_named(tmp_
         protocols_of(tmp_path, said, split="dev")
 
 
-def test_memory_decides_nothing_but_the_time(root: Path) -> None:
+def test_memory_decides_nothing_but_the_time(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     class Tight(Room):
         def tile_rows(self, queries: int, dim: int) -> int:
             return 50
 
-    roomy, tight = (result(root, protocols=("label",), index=False, room=room) for room in (Room(), Tight(64)))
+    roomy = result(root, protocols=("label",))
+    # Four queries at once.
+    monkeypatch.setattr("pipelines.evaluate.retrieval.CANDIDATE_BYTES", 4 * 2**20)
+    tight = result(root, protocols=("label",), room=Tight(64))
     assert roomy["figures"] == pytest.approx(tight["figures"])
+    for name in ("found", "exact"):
+        assert roomy["through"][name] == pytest.approx(tight["through"][name])
 
 
 def test_what_cannot_be_asked_is_said(root: Path, tmp_path: Path) -> None:
