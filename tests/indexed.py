@@ -133,20 +133,18 @@ def write_samples(
     pq.write_table(samples, target, row_group_size=row_group)
 
 
-def write_images(root: Path, at: int, vectors: np.ndarray, row_group: int = 16_384) -> None:
-    """A shard of images alone, whose vectors, [n, dim], are given."""
-    rows = len(vectors)
-    _write(
-        root / "embeddings" / ENCODER / "image" / part_name(at),
-        "image",
-        at,
-        [(row, None) for row in range(rows)],
-        vectors,
-        "float16",
-        row_group,
-    )
-    write_samples(root, at, rows, lambda row: 0, row_group)
-    write_commit(root, ENCODER, at, 0, rows, {"image": rows})
+def write_images(
+    root: Path, at: int, vectors: np.ndarray, row_group: int = 16_384, captions: np.ndarray | None = None
+) -> None:
+    """A shard of images, whose vectors, [n, dim], are given; and of a caption each, where theirs are."""
+    rows, folder = len(vectors), root / "embeddings" / ENCODER
+    images = [(row, None) for row in range(rows)]
+    _write(folder / "image" / part_name(at), "image", at, images, vectors, "float16", row_group)
+    if captions is not None:
+        texts = [(row, 0) for row in range(rows)]
+        _write(folder / "text" / part_name(at), "text", at, texts, captions, "float16", row_group)
+    write_samples(root, at, rows, lambda row: int(captions is not None), row_group)
+    write_commit(root, ENCODER, at, 0, rows, {"image": rows} | ({} if captions is None else {"text": rows}))
 
 
 def write_commit(root: Path, encoder: str, at: int, generation: int, rows: int, embedded: dict[str, int]) -> None:

@@ -16,7 +16,6 @@ import json
 import subprocess
 import sys
 import tempfile
-import threading
 import time
 from collections import defaultdict
 from collections.abc import Iterable
@@ -35,6 +34,7 @@ from pipelines.index.parts import Ids, Vectors, embeddings_folder, list_parts, p
 from pipelines.index.release import Coding, Rerank, finish
 from pipelines.index.train import read_picked, train
 from pipelines.storage import Store
+from tests.bench.memory import PeakAnonymous, status_mib
 from tests.indexed import ENCODER, write_images, write_run
 from tests.unit.index.test_release import release
 
@@ -112,28 +112,6 @@ def write_set(root: Path, rows: int) -> Store:
     )
     finish(store, made)
     return store
-
-
-class PeakAnonymous:
-    """MiB that this process held of its own at most, looked at every 0.2 s."""
-
-    def __init__(self) -> None:
-        self.mib = 0.0
-        self._stop = threading.Event()
-        threading.Thread(target=self._watch, daemon=True).start()
-
-    def _watch(self) -> None:
-        while not self._stop.wait(0.2):
-            self.mib = max(self.mib, status_mib("RssAnon"))
-
-    def stop(self) -> float:
-        self._stop.set()
-        return self.mib
-
-
-def status_mib(name: str) -> float:
-    lines = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())
-    return int(lines[name].split()[0]) / 2**10
 
 
 def find(root: str, exact: bool, memory_mib: int) -> dict[str, Any]:
