@@ -183,6 +183,16 @@ def test_what_samples_say_is_never_markup(pages: dict[str, Path]) -> None:
 
 
 @pytest.mark.skipif(not CHROMIUM, reason=NO_BROWSER)
+@pytest.mark.parametrize("dark", [False, True], ids=["light", "dark"])
+@pytest.mark.parametrize("name", ["report", "compare", "map"])
+def test_every_word_stands_out_from_the_page(name: str, dark: bool, pages: dict[str, Path], tmp_path: Path) -> None:
+    seen = look_at(pages[name], tmp_path, dark)
+    assert seen.paper < 0.05 if dark else seen.paper > 0.8
+    # What WCAG asks of small text.
+    assert seen.contrast >= 4.5, seen.faintest
+
+
+@pytest.mark.skipif(not CHROMIUM, reason=NO_BROWSER)
 @pytest.mark.parametrize("name", ["report", "compare"])
 def test_a_browser_has_no_complaint_and_misses_no_image(name: str, pages: dict[str, Path], tmp_path: Path) -> None:
     seen = look_at(pages[name], tmp_path)
@@ -236,9 +246,11 @@ def test_a_map_keeps_groups_apart_and_is_seeded() -> None:
 def test_the_browser_would_tell(tmp_path: Path) -> None:
     page = tmp_path / "page.html"
     page.write_text(
-        "<body><img src='gone.png'><img src='data:image/png;base64,AAAA'><script>console.error('x')</script></body>"
+        "<body><img src='gone.png'><img src='data:image/png;base64,AAAA'><script>console.error('x')</script>"
+        "<p>plain</p><svg><text fill='#777' y='9'>grey</text></svg></body>"
     )
     seen = look_at(page, tmp_path)
+    assert seen.contrast == pytest.approx(4.48, abs=0.01) and seen.faintest == "grey"
     assert (seen.images, seen.missing, seen.requests) == (2, 2, ["gone.png"])
     assert any("x" in line for line in seen.console)
 
