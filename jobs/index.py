@@ -28,7 +28,7 @@ from pipelines.record import FILE, read_record
 from pipelines.storage import Store
 
 if TYPE_CHECKING:
-    from pipelines.index.release import Release, Variant
+    from pipelines.index.manifest import Release, Variant
 
 IndexKey = Annotated[
     str | None, typer.Option(help="FAISS factory string, as in OPQ64_256,IVF4096,PQ64x8; chosen if left out.")

@@ -11,7 +11,7 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
 from pipelines.errors import LedgerError
-from pipelines.index.release import unfinished
+from pipelines.index.versions import unfinished
 from pipelines.lease import COLLECT, Say, held
 from pipelines.lease import FOLDER as LEASES
 from pipelines.ledger import (

@@ -9,8 +9,8 @@ import numpy as np
 
 from pipelines.contracts import Modality
 from pipelines.index.asked import read_asked
+from pipelines.index.manifest import Latency, Release
 from pipelines.index.parts import Vectors
-from pipelines.index.release import Latency, Release
 from pipelines.search import Searcher
 from pipelines.storage import Store
 

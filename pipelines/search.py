@@ -14,10 +14,11 @@ from pipelines.contracts import Modality
 from pipelines.errors import ConfigError, InputError
 from pipelines.fold import fold as fold_hits
 from pipelines.index.cache import Cache
+from pipelines.index.manifest import IndexShard, Release
 from pipelines.index.parts import Parts, Vectors, batches, embeddings_folder, list_grown, list_parts
 from pipelines.index.probe import Opening, ask_shard, probe
 from pipelines.index.recall import EXACT_METRICS, Top, exact, exact_of_several, merge, with_ties
-from pipelines.index.release import IndexShard, Release, latest_or_none, read_release
+from pipelines.index.release import latest_or_none, read_release
 from pipelines.index.removed import denied
 from pipelines.index.rerank import candidates, rerank_in_blocks, stored_vectors
 from pipelines.index.selection import Selection, both, standing

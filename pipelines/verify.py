@@ -10,15 +10,9 @@ from pipelines.collect import leftovers, totals
 from pipelines.compact import holdings
 from pipelines.contracts import SAMPLES_FAMILY
 from pipelines.errors import LedgerError
-from pipelines.index.release import (
-    Release,
-    ReleaseFile,
-    finished,
-    index_folder,
-    index_homes,
-    merged_files,
-    read_release,
-)
+from pipelines.index.manifest import Release, ReleaseFile, index_folder, index_homes
+from pipelines.index.release import merged_files, read_release
+from pipelines.index.versions import finished
 from pipelines.ledger import COMMITS, Commit, CommitRef, list_commits, read_commits, staged
 from pipelines.storage import COPY_BYTES, Store
 

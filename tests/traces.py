@@ -12,7 +12,8 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from pipelines.index.release import Coding, Release, load_index
+from pipelines.index.files import load_index
+from pipelines.index.manifest import Coding, Release
 from pipelines.index.rerank import encode
 from pipelines.storage import Store
 

@@ -19,9 +19,10 @@ from pipelines.evaluate.pages import markup, page, shown
 from pipelines.evaluate.retrieval import kept_at, require_comparable
 from pipelines.evaluate.statistics import CAPTIONS, SIDES, WORDS, Statistics, statistics
 from pipelines.evaluate.thumbnails import samples_at, thumbnails
+from pipelines.index.manifest import Release
 from pipelines.index.parts import open_part
 from pipelines.index.recall import DEPTHS
-from pipelines.index.release import Release, latest_or_none
+from pipelines.index.release import latest_or_none
 from pipelines.index.report import rows_of
 from pipelines.index.trace import Origin, trace_parts
 from pipelines.ledger import tally

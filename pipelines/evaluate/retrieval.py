@@ -34,9 +34,11 @@ from pipelines.evaluate.items import (
 )
 from pipelines.evaluate.metrics import DEPTHS, Ranks, at_depths, ranks_in_order
 from pipelines.evaluate.ranking import Room, count_relevant, exact_figures
+from pipelines.index.current import current_version
+from pipelines.index.manifest import index_folder
 from pipelines.index.parts import Ids, NoVectorsError, Vectors
 from pipelines.index.recall import Top, without
-from pipelines.index.release import current_version, finished, index_folder
+from pipelines.index.versions import finished
 from pipelines.record import read_record
 from pipelines.search import Searcher
 from pipelines.storage import Store

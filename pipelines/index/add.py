@@ -17,10 +17,11 @@ from numpy.typing import NDArray
 from pipelines.errors import VecmillError
 from pipelines.index.attempt import Filled, keep_filled
 from pipelines.index.choose import empty_index
+from pipelines.index.files import load_index, sha256_of
+from pipelines.index.manifest import Coding, IndexShard, SideFile
 from pipelines.index.measure import answer, score
 from pipelines.index.parts import Parts, Vectors, batches, part_of, require_finite
 from pipelines.index.recall import empty_top, exact_in_batch, merge
-from pipelines.index.release import Coding, IndexShard, SideFile, load_index, sha256_of
 from pipelines.index.rerank import SideWriter
 from pipelines.index.room import require_free_disk
 from pipelines.index.train import read_picked, train

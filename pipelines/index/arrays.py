@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from pipelines.index.release import KeptFile
+from pipelines.index.manifest import KeptFile
 from pipelines.storage import Store
 
 Arrays = dict[str, NDArray[Any]]

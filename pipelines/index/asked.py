@@ -8,10 +8,10 @@ import numpy as np
 
 from pipelines.errors import IndexBuildError
 from pipelines.index.arrays import Arrays, put_arrays, read_arrays
+from pipelines.index.manifest import KeptFile, Release
 from pipelines.index.parts import Parts, Vectors
 from pipelines.index.queries import Queries
 from pipelines.index.recall import LARGER_IS_NEARER, Top, merge
-from pipelines.index.release import KeptFile, Release
 from pipelines.storage import Store
 
 FILE = "truth.npz"

@@ -15,9 +15,10 @@ from pydantic import BaseModel
 
 from pipelines.errors import HeldError
 from pipelines.index.arrays import put_arrays, read_arrays
+from pipelines.index.manifest import Coding, IndexShard, KeptFile
 from pipelines.index.queries import Queries
 from pipelines.index.recall import Top
-from pipelines.index.release import Coding, IndexShard, KeptFile, claim_of, claim_version, unfinished
+from pipelines.index.versions import claim_of, claim_version, unfinished
 from pipelines.lease import held
 from pipelines.storage import Store
 

@@ -15,12 +15,14 @@ from pipelines.contracts import Modality
 from pipelines.errors import ConfigError, IndexBuildError
 from pipelines.index.attempt import Attempt, Progress, attempted
 from pipelines.index.id_space import fresh_id_space, kept_id_space, require_own_ids
+from pipelines.index.manifest import Release, index_folder
 from pipelines.index.parts import Parts, embeddings_folder, list_parts
 from pipelines.index.plan import Plan, make_plan
-from pipelines.index.release import Release, finish, index_folder, newest_or_none, unfinished
+from pipelines.index.release import finish, newest_or_none
 from pipelines.index.room import DiskFullError, require_room
 from pipelines.index.settle import settle
 from pipelines.index.stages import Build, Timed, versions
+from pipelines.index.versions import unfinished
 from pipelines.lease import held
 from pipelines.ledger import finish as finish_begun
 from pipelines.record import read_record

@@ -16,7 +16,8 @@ from typing import Any, TypeVar
 import faiss
 
 from pipelines.errors import IndexBuildError, StorageError
-from pipelines.index.release import IndexShard, SideFile, gone, open_shard
+from pipelines.index.files import gone, open_shard
+from pipelines.index.manifest import IndexShard, SideFile
 from pipelines.storage import COPY_BYTES, Store
 
 ATTEMPTS = 3

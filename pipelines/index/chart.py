@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from io import BytesIO
 
-from pipelines.index.release import Release
+from pipelines.index.manifest import Release
 
 # Okabe and Ito's, which the colour-blind tell apart too. One a kind of query.
 COLOURS = ("#0072b2", "#d55e00", "#009e73")

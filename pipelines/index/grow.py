@@ -17,6 +17,8 @@ from pipelines.index.attempt import Attempt, Learnt, Progress
 from pipelines.index.build import attempt_at, build_and_settle, digest_of, drop_removed, recorded_fingerprint
 from pipelines.index.choose import cut, shard_count
 from pipelines.index.drift import drift, warning
+from pipelines.index.files import load_index
+from pipelines.index.manifest import NEW, IndexShard, Release, Variants
 from pipelines.index.measure import Answers
 from pipelines.index.measuring import K
 from pipelines.index.parts import Parts, list_grown, pick
@@ -24,7 +26,7 @@ from pipelines.index.plan import Plan
 from pipelines.index.publish import require_files
 from pipelines.index.queries import Queries
 from pipelines.index.recall import Top
-from pipelines.index.release import NEW, IndexShard, Release, Variants, load_index, newest_or_none
+from pipelines.index.release import newest_or_none
 from pipelines.index.removed import holds_removed
 from pipelines.index.rerank import rerank_dtype
 from pipelines.index.room import require_room

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from pipelines.errors import IndexBuildError
 from pipelines.index.attempt import Attempt, Progress
+from pipelines.index.manifest import Release, index_folder
 from pipelines.index.parts import Parts
-from pipelines.index.release import Release, claim_id_space, finished, index_folder, newest_or_none, read_release
+from pipelines.index.release import newest_or_none, read_release
+from pipelines.index.versions import claim_id_space, finished
 from pipelines.storage import Store
 
 

@@ -12,7 +12,9 @@ import faiss
 from faiss.contrib.ondisk import merge_ondisk
 
 from pipelines.errors import IndexBuildError
-from pipelines.index.release import MERGED, IndexShard, KeptFile, Merged, Release, merged_files, sha256_of
+from pipelines.index.files import sha256_of
+from pipelines.index.manifest import MERGED, IndexShard, KeptFile, Merged, Release
+from pipelines.index.release import merged_files
 from pipelines.index.room import require_free_disk
 from pipelines.index.selection import Selection, standing
 from pipelines.index.train import available_bytes

@@ -13,11 +13,12 @@ from numpy.typing import NDArray
 
 from pipelines.errors import IndexBuildError
 from pipelines.index.among import transformed
+from pipelines.index.files import open_shard
+from pipelines.index.manifest import Coding, IndexShard
 from pipelines.index.parts import Ids, Parts, Vectors
 from pipelines.index.probe import ask_shard
 from pipelines.index.queries import Queries
 from pipelines.index.recall import DEPTHS, Top, merge, recall_at, without
-from pipelines.index.release import Coding, IndexShard, open_shard
 from pipelines.index.rerank import StoredVectors, candidates, decode, encode, rerank, rescored, scores_of
 from pipelines.index.selection import Selection
 from pipelines.index.trace import trace_parts

@@ -16,6 +16,7 @@ from pipelines.index.add import answer_task, results, score_task
 from pipelines.index.asked import Asked
 from pipelines.index.cache import Cache, opened_shard
 from pipelines.index.choose import holds_codes
+from pipelines.index.manifest import Coding, CurvePoint, IndexShard, Recall, Rerank
 from pipelines.index.measure import (
     CURVE_K,
     TIMED_QUERIES,
@@ -31,7 +32,6 @@ from pipelines.index.parts import BATCH_BYTES, Vectors
 from pipelines.index.plan import Plan
 from pipelines.index.queries import Queries
 from pipelines.index.recall import DEPTHS, Top, without
-from pipelines.index.release import Coding, CurvePoint, IndexShard, Recall, Rerank
 from pipelines.index.rerank import StoredVectors
 from pipelines.index.selection import standing
 from pipelines.index.tune import apply, around, batch_query_ms, least, query_ms, tune

@@ -8,9 +8,9 @@ from typing import Any
 from pipelines.errors import IndexBuildError
 from pipelines.index.among import ask, ask_among
 from pipelines.index.cache import Cache, opened_shard
+from pipelines.index.manifest import IndexShard
 from pipelines.index.parts import Vectors
 from pipelines.index.recall import Top
-from pipelines.index.release import IndexShard
 from pipelines.index.selection import Selection
 from pipelines.index.tune import apply
 from pipelines.storage import Store

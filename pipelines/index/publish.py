@@ -11,22 +11,11 @@ from dataclasses import dataclass
 
 from pipelines.config import WriteConfig
 from pipelines.errors import IndexBuildError, VecmillError
-from pipelines.index.release import (
-    MANIFEST,
-    POINTER,
-    Release,
-    current_version,
-    finished,
-    index_folder,
-    number_of,
-    point_at,
-    previous_version,
-    publication,
-    read_release,
-    swap,
-    unfinished,
-)
+from pipelines.index.current import POINTER, current_version, point_at, previous_version, publication, swap
+from pipelines.index.manifest import MANIFEST, Release, index_folder
+from pipelines.index.release import read_release
 from pipelines.index.removed import holds_removed
+from pipelines.index.versions import finished, number_of, unfinished
 from pipelines.ledger import Commit, read_commits, standing_commits
 from pipelines.record import read_record
 from pipelines.storage import Store

@@ -8,8 +8,8 @@ from dataclasses import dataclass
 import numpy as np
 import pyarrow.parquet as pq
 
+from pipelines.index.manifest import Release
 from pipelines.index.parts import Ids, PartRange, Parts, ReplacedError, open_part, shard_of, version_of
-from pipelines.index.release import Release
 from pipelines.index.selection import Selection, end_of
 from pipelines.storage import Store
 from pipelines.takedowns import Takedowns, read_takedowns

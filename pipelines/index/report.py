@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Sequence
 
 from pipelines.index.drift import Drift
+from pipelines.index.manifest import CHART, CurvePoint, Release, Variant, Variants
 from pipelines.index.recall import DEPTHS
-from pipelines.index.release import CHART, CurvePoint, Release, Variant, Variants
 
 FIGURES = [*(f"recall@{k}" for k in DEPTHS), *(f"1-recall@{k}" for k in DEPTHS if k > 1)]
 

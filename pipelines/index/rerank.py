@@ -20,9 +20,10 @@ from pipelines.config import IndexConfig
 from pipelines.errors import IndexBuildError
 from pipelines.index.cache import Cache, used_on_disk
 from pipelines.index.choose import holds_codes
+from pipelines.index.files import gone
+from pipelines.index.manifest import Coding, IndexShard, Release, SideFile
 from pipelines.index.parts import BATCH_BYTES, Ids, Vectors
 from pipelines.index.recall import Top, best_first, empty_top
-from pipelines.index.release import Coding, IndexShard, Release, SideFile, gone
 from pipelines.storage import Store
 
 GAP_BYTES = 256 * 2**10

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from pipelines.config import IndexConfig
 from pipelines.index.attempt import Progress
+from pipelines.index.current import advance, current_version, publication
+from pipelines.index.manifest import Release, index_folder
 from pipelines.index.publish import delete_superseded, make_current, require_publishable
-from pipelines.index.release import Release, advance, current_version, index_folder, number_of, publication
+from pipelines.index.versions import number_of
 from pipelines.storage import Store
 
 

@@ -21,24 +21,14 @@ from pipelines.index.add import fill_task, read_task, results, trained
 from pipelines.index.asked import Asked, keep_asked
 from pipelines.index.attempt import Attempt, Filled, Learnt, Progress
 from pipelines.index.chart import svg
+from pipelines.index.files import sha256_of
+from pipelines.index.manifest import CHART, REPORT, TRAINED, Coding, IndexShard, KeptFile, Latency, Release, Variants
 from pipelines.index.measure import Answers, require_whole
 from pipelines.index.measuring import K, Measuring, Tuned
 from pipelines.index.parts import Ids, Parts, Vectors, pick
 from pipelines.index.plan import Plan
 from pipelines.index.queries import Queries, caption_queries, split_sample
 from pipelines.index.recall import Top, empty_top, merge
-from pipelines.index.release import (
-    CHART,
-    REPORT,
-    TRAINED,
-    Coding,
-    IndexShard,
-    KeptFile,
-    Latency,
-    Release,
-    Variants,
-    sha256_of,
-)
 from pipelines.index.report import markdown
 from pipelines.index.rerank import learn_coding
 from pipelines.index.variants import compare

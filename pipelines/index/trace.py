@@ -12,6 +12,7 @@ import pyarrow.parquet as pq
 
 from pipelines.contracts import SAMPLES_FAMILY
 from pipelines.errors import IndexBuildError, LedgerError
+from pipelines.index.manifest import Release
 from pipelines.index.parts import (
     PartRange,
     Parts,
@@ -24,7 +25,6 @@ from pipelines.index.parts import (
     vectors,
     version_of,
 )
-from pipelines.index.release import Release
 from pipelines.storage import Store
 
 THREADS = 16

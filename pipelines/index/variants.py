@@ -15,11 +15,11 @@ from pipelines.config import IndexConfig
 from pipelines.errors import ConfigError
 from pipelines.index.among import ask
 from pipelines.index.choose import IP_FORMS, clusters, empty_index
+from pipelines.index.manifest import Variant, Variants
 from pipelines.index.measure import CURVE_K, Found
 from pipelines.index.parts import Ids, Vectors
 from pipelines.index.queries import Queries
 from pipelines.index.recall import Top, exact
-from pipelines.index.release import Variant, Variants
 from pipelines.index.rerank import candidates, scores_of
 from pipelines.index.train import train
 from pipelines.index.tune import apply, batch_query_ms, query_ms

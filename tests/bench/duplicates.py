@@ -30,8 +30,9 @@ import pyarrow.parquet as pq
 from pipelines.evaluate.duplicates import Sought, find_duplicates
 from pipelines.index.add import fill
 from pipelines.index.choose import cut
+from pipelines.index.manifest import Coding, Rerank
 from pipelines.index.parts import Ids, Vectors, embeddings_folder, list_parts, pick
-from pipelines.index.release import Coding, Rerank, finish
+from pipelines.index.release import finish
 from pipelines.index.train import read_picked, train
 from pipelines.storage import Store
 from tests.bench.memory import PeakAnonymous, status_mib

@@ -44,9 +44,9 @@ from pipelines.config import IndexConfig
 from pipelines.index.add import fill
 from pipelines.index.build import build_index
 from pipelines.index.choose import cut
+from pipelines.index.manifest import Release
 from pipelines.index.parts import Parts, Vectors, batches, embeddings_folder, list_parts
 from pipelines.index.recall import Top, exact, recall_at
-from pipelines.index.release import Release
 from pipelines.index.train import VECTORS_PER_CLUSTER
 from pipelines.search import Searcher
 from pipelines.storage import Store, scratch_folder

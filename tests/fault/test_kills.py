@@ -19,7 +19,10 @@ import psutil
 import pytest
 
 from pipelines.collect import collect
-from pipelines.index.release import current_version, open_shard, read_release, unfinished
+from pipelines.index.current import current_version
+from pipelines.index.files import open_shard
+from pipelines.index.release import read_release
+from pipelines.index.versions import unfinished
 from pipelines.verify import problems
 from tests.fault.rig import Rig
 from tests.fault.victims import TITLES, worker_of, workers

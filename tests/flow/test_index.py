@@ -22,9 +22,12 @@ from pipelines.config import IndexConfig
 from pipelines.errors import ConfigError, IndexBuildError
 from pipelines.index.add import results
 from pipelines.index.build import build_index
+from pipelines.index.current import current_version
+from pipelines.index.files import open_shard
+from pipelines.index.manifest import Release
 from pipelines.index.publish import NotPublishedError, list_releases, publish, rollback
 from pipelines.index.recall import exact, recall_at
-from pipelines.index.release import Release, current_version, open_shard, read_release
+from pipelines.index.release import read_release
 from pipelines.index.trace import trace
 from pipelines.index.tune import full_probe
 from pipelines.search import Searcher

@@ -14,8 +14,9 @@ import ray
 
 from pipelines.config import IndexConfig
 from pipelines.index.build import build_index
-from pipelines.index.release import TRAINED, unfinished
+from pipelines.index.manifest import TRAINED
 from pipelines.index.tune import full_probe
+from pipelines.index.versions import unfinished
 from pipelines.search import Searcher
 from pipelines.storage import Store
 from tests.indexed import ENCODER, everything, write_output

@@ -10,11 +10,13 @@ from pipelines.config import IndexConfig
 from pipelines.errors import ConfigError, IndexBuildError
 from pipelines.index.asked import read_asked
 from pipelines.index.build import build_index
+from pipelines.index.current import current_version
 from pipelines.index.grow import update_index
+from pipelines.index.manifest import Release
 from pipelines.index.measure import draw_samples
 from pipelines.index.parts import NoVectorsError
 from pipelines.index.recall import exact, recall_at, without
-from pipelines.index.release import Release, current_version, read_release
+from pipelines.index.release import read_release
 from pipelines.index.tune import full_probe
 from pipelines.search import Searcher
 from pipelines.storage import Store

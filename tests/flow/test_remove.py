@@ -12,7 +12,9 @@ import pytest
 
 from pipelines.config import IndexConfig
 from pipelines.index.build import build_index
-from pipelines.index.release import finished, index_folder, read_release
+from pipelines.index.manifest import index_folder
+from pipelines.index.release import read_release
+from pipelines.index.versions import finished
 from pipelines.ledger import tally
 from pipelines.purge import purge, require_no_holders
 from pipelines.scenes import write_shards

@@ -14,7 +14,7 @@ from pipelines.collect import Leftover, collect, leftovers, totals
 from pipelines.config import WriteConfig
 from pipelines.contracts import Shard
 from pipelines.errors import HeldError, LedgerError
-from pipelines.index.release import IndexShard
+from pipelines.index.manifest import IndexShard
 from pipelines.lease import held
 from pipelines.ledger import RETIRED, list_commits, make_plan, retire, settle
 from pipelines.storage import Store, Upload

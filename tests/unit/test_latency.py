@@ -9,9 +9,9 @@ import pytest
 
 from pipelines import latency
 from pipelines.index.asked import Asked, keep_asked
+from pipelines.index.manifest import Release
 from pipelines.index.queries import Queries
 from pipelines.index.recall import exact
-from pipelines.index.release import Release
 from pipelines.index.report import markdown
 from pipelines.latency import BATCH, latencies, timed, ways
 from pipelines.storage import Store

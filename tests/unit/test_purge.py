@@ -16,9 +16,11 @@ from pipelines.config import WriteConfig
 from pipelines.contracts import Shard
 from pipelines.errors import HeldError, IndexBuildError, LedgerError
 from pipelines.index.build import drop_removed
+from pipelines.index.current import POINTER, current_version
+from pipelines.index.manifest import index_folder
 from pipelines.index.parts import embeddings_folder, list_parts
 from pipelines.index.publish import holding_removed
-from pipelines.index.release import POINTER, current_version, finished, index_folder
+from pipelines.index.versions import finished
 from pipelines.lease import held
 from pipelines.ledger import RETIRED, make_plan, read_commit, standing_commits
 from pipelines.merge import put_fragments

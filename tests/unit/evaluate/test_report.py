@@ -23,7 +23,8 @@ from pipelines.evaluate.map import coloured, draw_map, positions
 from pipelines.evaluate.report import report
 from pipelines.evaluate.retrieval import Asked, evaluate
 from pipelines.evaluate.statistics import statistics
-from pipelines.index.release import CurvePoint, Recall, read_release
+from pipelines.index.manifest import CurvePoint, Recall
+from pipelines.index.release import read_release
 from pipelines.record import read_record
 from pipelines.storage import Store
 from tests.indexed import ENCODER, caption_of, captions_of, everything, write_output

@@ -12,10 +12,10 @@ from pipelines.errors import IndexBuildError
 from pipelines.index.add import fill
 from pipelines.index.attempt import Filled
 from pipelines.index.choose import cut
+from pipelines.index.files import open_shard
 from pipelines.index.parts import Parts, list_parts
 from pipelines.index.probe import Opening, probe
 from pipelines.index.recall import Top, exact, merge
-from pipelines.index.release import open_shard
 from pipelines.index.train import read_picked, train
 from pipelines.index.tune import full_probe
 from pipelines.storage import Store

@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 
 from pipelines.index.attempt import Attempt, Learnt, attempted
+from pipelines.index.manifest import KeptFile
 from pipelines.index.queries import Queries
-from pipelines.index.release import KeptFile
 from pipelines.storage import Store
 
 HOME = "index/e/image"

@@ -16,7 +16,8 @@ from pipelines.errors import IndexBuildError
 from pipelines.index import cache as cache_module
 from pipelines.index.cache import Cache, UnwritableError, opened_shard
 from pipelines.index.choose import empty_index
-from pipelines.index.release import IndexShard, sha256_of
+from pipelines.index.files import sha256_of
+from pipelines.index.manifest import IndexShard
 from pipelines.search import Searcher
 from pipelines.storage import Store
 from tests.unit.index.test_rerank import Lossy

@@ -16,7 +16,9 @@ import s3fs
 
 from pipelines.errors import VecmillError
 from pipelines.index.cache import Cache
-from pipelines.index.release import Release, finish, point_at
+from pipelines.index.current import point_at
+from pipelines.index.manifest import Release
+from pipelines.index.release import finish
 from pipelines.search import Searcher
 from pipelines.storage import Store
 from tests.s3_proxy import Chaos, S3Proxy

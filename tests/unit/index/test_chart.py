@@ -3,7 +3,7 @@ import sys
 from xml.etree import ElementTree
 
 from pipelines.index.chart import lines, svg
-from pipelines.index.release import Coding, CurvePoint, Recall, Release, Rerank
+from pipelines.index.manifest import Coding, CurvePoint, Recall, Release, Rerank
 from tests.unit.index.test_release import release
 
 CURVE = {"nprobe=1": (0.5, 0.2, 0.3), "nprobe=4": (1.5, 0.42, 0.92), "nprobe=16": (1.2, 0.5, 0.97)}

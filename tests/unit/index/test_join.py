@@ -9,10 +9,11 @@ import pytest
 
 from pipelines.errors import IndexBuildError
 from pipelines.index.join import FILE, LISTS, join
+from pipelines.index.manifest import TRAINED, KeptFile, Release
 from pipelines.index.parts import Parts
 from pipelines.index.probe import Opening, probe
 from pipelines.index.recall import Top, merge
-from pipelines.index.release import TRAINED, KeptFile, Release, finish, merged_files
+from pipelines.index.release import finish, merged_files
 from pipelines.storage import Store
 from pipelines.verify import problems
 from tests.unit.index.test_add import Built

@@ -10,11 +10,11 @@ import pytest
 
 from pipelines.config import IndexConfig
 from pipelines.errors import IndexBuildError, LedgerError
+from pipelines.index.manifest import CurvePoint, IndexShard, Recall, Rerank
 from pipelines.index.measure import Answers, Ask, Found, Samples, draw_samples, holds, merged, require_whole
 from pipelines.index.plan import make_plan
 from pipelines.index.queries import Queries
 from pipelines.index.recall import Top, exact, recall_at, recall_of
-from pipelines.index.release import CurvePoint, IndexShard, Recall, Rerank
 from pipelines.index.report import FIGURES, markdown
 from pipelines.index.rerank import Coding, scores_of
 from pipelines.index.room import DiskFullError, require_disks, require_free_disk

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from pipelines.config import IndexConfig
-from pipelines.index import release
+from pipelines.index import files
 from pipelines.index.measuring import Measuring
 from pipelines.index.plan import make_plan
 from pipelines.index.queries import Queries
@@ -26,6 +26,6 @@ def test_tuning_reads_no_index_shard_into_memory(tmp_path: Path, monkeypatch: py
     made = read_release(store, ENCODER, "image")
     plan = make_plan(made.parts, settings)
     measuring = Measuring(store, made.folder, list(made.shards), plan, settings, None, lambda shard, answers: answers)
-    monkeypatch.setattr(release, "load_index", lambda *_: pytest.fail("it was read whole"))
+    monkeypatch.setattr(files, "load_index", lambda *_: pytest.fail("it was read whole"))
     tuned = measuring.tune(Queries({"image": np.ones((8, 16), np.float32)}, np.arange(8)), "")
     assert tuned.query_ms > 0 and tuned.batch_query_ms > 0

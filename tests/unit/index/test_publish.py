@@ -9,7 +9,9 @@ import pytest
 from pipelines.collect import leftovers
 from pipelines.config import IndexConfig
 from pipelines.errors import IndexBuildError
+from pipelines.index.current import advance, current_version, point_at
 from pipelines.index.id_space import require_own_ids
+from pipelines.index.manifest import Recall, Release
 from pipelines.index.publish import (
     NotPublishedError,
     delete_release,
@@ -19,16 +21,7 @@ from pipelines.index.publish import (
     require_files,
     rollback,
 )
-from pipelines.index.release import (
-    Recall,
-    Release,
-    advance,
-    current_version,
-    finish,
-    newest_or_none,
-    point_at,
-    read_release,
-)
+from pipelines.index.release import finish, newest_or_none, read_release
 from pipelines.index.settle import settle
 from pipelines.ledger import Commit
 from pipelines.record import RunRecord, read_record, write_record

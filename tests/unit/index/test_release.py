@@ -4,17 +4,10 @@ from pathlib import Path
 import pytest
 
 from pipelines.errors import IndexBuildError
-from pipelines.index.release import (
-    Recall,
-    Release,
-    claim_id_space,
-    claim_version,
-    current_version,
-    finish,
-    latest_or_none,
-    read_release,
-    unfinished,
-)
+from pipelines.index.current import current_version
+from pipelines.index.manifest import Recall, Release
+from pipelines.index.release import finish, latest_or_none, read_release
+from pipelines.index.versions import claim_id_space, claim_version, unfinished
 from pipelines.storage import Store
 from tests.unit.index.test_parts import of_rows
 

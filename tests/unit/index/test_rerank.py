@@ -15,9 +15,10 @@ from pipelines.index import rerank as module
 from pipelines.index.add import Filled, fill
 from pipelines.index.cache import Cache
 from pipelines.index.choose import cut
+from pipelines.index.manifest import Coding, Rerank
 from pipelines.index.parts import list_parts
 from pipelines.index.recall import exact, merge, recall_of
-from pipelines.index.release import Coding, Rerank, finish
+from pipelines.index.release import finish
 from pipelines.index.rerank import StoredVectors, decode, encode, learn_coding, rerank_dtype, scores_of
 from pipelines.index.train import train
 from pipelines.search import Searcher

