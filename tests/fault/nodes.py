@@ -82,9 +82,12 @@ def kill_node(cluster: Any, store: Store, title: str, running: Future[Any]) -> i
 def kill_at_random(cluster: Any, prepared: Prepared, moments: random.Random, running: Future[Any]) -> Iterator[int]:
     """Any node but the head, on which the driver is; another takes its place. By what is done, not by the clock: most
     of a run's time is its start."""
-    for shards in sorted(moments.sample(range(len(prepared.plan.shards)), KILLS)):
+    # The first early, so that the run is not over by then.
+    early = moments.randrange(len(prepared.plan.shards) // 3)
+    late = moments.sample(range(early + 1, len(prepared.plan.shards)), KILLS - 1)
+    for shards in [early, *sorted(late)]:
         wait_for(shards, prepared.store, running)
-        if ends_within(moments.uniform(0, 2), running):
+        if ends_within(moments.uniform(0, 0.3), running):
             return
         cluster.remove_node(moments.choice([*cluster.worker_nodes]), allow_graceful=False)
         yield commits(prepared.store)
