@@ -6,6 +6,7 @@ import io
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from textwrap import wrap
 from typing import Any
 
 import numpy as np
@@ -22,7 +23,7 @@ from pipelines.index.parts import Ids, Vectors, unit
 from pipelines.record import read_record, require_same
 from pipelines.storage import Store
 
-FEW, BINS, EDGES, LABELS = 16, 64, 81, 40
+FEW, BINS, EDGES, LABELS, TITLE_CHARACTERS = 16, 64, 81, 40, 130
 TILE_ROWS, ROWS_AT_ONCE = 16_384, 256
 FINE = np.linspace(-1.0001, 1.0001, 2**17 + 1)
 """Bounds of bins of cosines, narrower than float16 tells apart; rounding may take one beyond 1."""
@@ -222,7 +223,7 @@ def _npy(scores: Vectors) -> bytes:
 def _page(one: Side, other: Side, rows: Drawn, columns: Drawn, pairs: Pairs, figures: dict[str, Any]) -> bytes:
     with figure(12.5, 6.2) as page:
         axes, beside = page.subplots(1, 2, width_ratios=[1.35, 1])
-        page.suptitle(_title(figures), x=0.01, ha="left", fontsize=11)
+        page.suptitle(title_of(figures), x=0.01, ha="left", fontsize=11)
         if len(rows.samples) <= FEW:
             _with_thumbnails(axes, one, other, rows, columns, pairs.scores)
         elif figures["labels"]:
@@ -235,11 +236,12 @@ def _page(one: Side, other: Side, rows: Drawn, columns: Drawn, pairs: Pairs, fig
         return png(page)
 
 
-def _title(figures: dict[str, Any]) -> str:
+def title_of(figures: dict[str, Any]) -> str:
+    """What is compared, and below it how it fares, in lines that fit the picture."""
     auc = "no AUC" if figures["auc"] is None else f"AUC {figures['auc']:.3f}"
     gap = f"modality gap {figures['modality_gap']:.3f} (spread {figures['spread_a']:.3f}, {figures['spread_b']:.3f})"
     told = [f"{figures['items']:,} items", auc, *([gap] if figures["modality_gap"] else [])]
-    return f"{figures['a']} and {figures['b']}: {', '.join(told)}"
+    return "\n".join([*wrap(f"{figures['a']} and {figures['b']}", TITLE_CHARACTERS), ", ".join(told)])
 
 
 def _heat(axes: Any, values: NDArray[Any], title: str) -> None:

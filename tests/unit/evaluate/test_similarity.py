@@ -17,7 +17,7 @@ from sklearn.metrics import roc_auc_score
 
 from pipelines.errors import ConfigError
 from pipelines.evaluate.charts import figure
-from pipelines.evaluate.similarity import Pairs, Side, _binned, similarity
+from pipelines.evaluate.similarity import Pairs, Side, _binned, similarity, title_of
 from pipelines.evaluate.thumbnails import thumbnail
 from pipelines.index.parts import unit
 from pipelines.record import read_record
@@ -252,3 +252,13 @@ def test_what_cannot_be_shown_has_a_reason(tmp_path: Path) -> None:
         found = thumbnail(Store(), sample)
         assert found.jpeg is None and found.data_uri is None and reason in found.reason, (reason, found.reason)
         assert found.image().size == (128, 128)
+
+
+def test_a_title_fits_the_picture_however_long_the_names_are() -> None:
+    name = "open_clip-local-dir-somewhere-in-a-folder-of-a-folder-7a3ac5a9"
+    figures = {"a": f"{name} image", "b": f"{name} text", "auc": 0.5, "items": 1_000, "modality_gap": 1.272}
+    lines = title_of({**figures, "spread_a": 0.4, "spread_b": 0.653}).splitlines()
+    with figure(12.5, 6.2) as page:
+        drawn = page.suptitle("\n".join(lines), x=0.01, ha="left", fontsize=11).get_window_extent()
+        assert drawn.x1 < page.bbox.x1
+    assert lines[-1] == "1,000 items, AUC 0.500, modality gap 1.272 (spread 0.400, 0.653)"
