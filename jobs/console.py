@@ -68,10 +68,11 @@ class LiveProgress:
 
 
 class RunProgress(LiveProgress):
-    """Of embedding. Called with the meter's reading."""
+    """Of embedding. Called with the meter's reading. shards: those of each encoder count."""
 
-    def __init__(self, shards: int, what: str = "shards") -> None:
-        self._shards = shards
+    def __init__(self, shards: int, encoders: int = 1) -> None:
+        self._shards, self._encoders = shards, encoders
+        what = "shards" if encoders == 1 else f"shards of {encoders} encoders"
         super().__init__(
             "embedding", what, "{task.fields[rows]} rows, {task.fields[rate]:.0f}/s", shards, rows=0, rate=0.0
         )
@@ -89,6 +90,7 @@ class RunProgress(LiveProgress):
         return {
             "shards_done": done,
             "shards": self._shards,
+            "encoders": self._encoders,
             "rows": {stage: int(numbers.get("rows", 0)) for stage, numbers in stages.items()},
             "rows_per_second": round(rate, 1),
             "elapsed_s": round(elapsed),

@@ -22,7 +22,7 @@ VAL_SCENES, VAL_SEED = 1_000, 102
 
 
 def main(folder: Path) -> None:
-    once(folder / "scenes", lambda fresh: write_shards(fresh, SCENES, SHARDS, SEED, broken=0))
+    once(folder / "scenes", lambda fresh: write_shards(fresh, SCENES, SHARDS, SEED, broken=0, twins=True))
     once(folder / "val", lambda fresh: write_shards(fresh, VAL_SCENES, 1, VAL_SEED, broken=0))
     train(
         str(RECIPE),

@@ -173,7 +173,7 @@ def run_embed(run: Prepared, prune: bool = False) -> None:
 def progress_of(run: Prepared) -> RunProgress:
     """Each encoder's shards count, where there are several."""
     pending = sum(len(set(work.families) & set(run.folders)) for work in run.plan.pending)
-    return RunProgress(pending, "shards" if len(run.folders) == 1 else f"shards of {len(run.folders)} encoders")
+    return RunProgress(pending, len(run.folders))
 
 
 def require_under_ceiling(run: Prepared, report: dict[str, Any]) -> None:

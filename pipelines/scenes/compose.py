@@ -30,12 +30,15 @@ class Scene:
     objects: dict[str, Any]
 
 
-def scene(seed: int, index: int) -> Scene:
-    """Scene `index` of the endless series `seed`; the same two numbers give the same scene, pixel for pixel."""
+def scene(seed: int, index: int, swapped: bool = False) -> Scene:
+    """Scene `index` of the endless series `seed`; the same two numbers give the same scene, pixel for pixel.
+
+    swapped: its twin, in which the first two objects have each other's shape and colour, and are told of so.
+    """
     rng = Random(f"scene {seed} {index}")
     size = (rng.randint(*SIDE_PIXELS), rng.randint(*SIDE_PIXELS))
     backdrop = choose_backdrop(rng)
-    layout = choose_layout(rng, visible_colours(backdrop))
+    layout = choose_layout(rng, visible_colours(backdrop), swapped)
     objects = {"backdrop": asdict(backdrop), "relation": layout.relation, "things": [asdict(t) for t in layout.things]}
     return Scene(_draw(backdrop, layout, size, rng), _captions(backdrop, layout, rng), objects)
 

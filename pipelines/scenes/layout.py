@@ -50,10 +50,14 @@ class Layout:
 class Kit:
     """Makes objects that differ from each other in colour and in shape."""
 
-    def __init__(self, rng: Random, colours: list[str]) -> None:
+    def __init__(self, rng: Random, colours: list[str], swapped: bool) -> None:
+        """swapped: what the first two would look like is exchanged, and nothing else."""
         self.rng = rng
         self._colours = rng.sample(colours, len(colours))
         self._shapes = rng.sample(list(SHAPES), len(SHAPES))
+        if swapped:
+            for looks in (self._colours, self._shapes):
+                looks[-2:] = reversed(looks[-2:])
 
     def thing(self, at: Point, sizes: tuple[str, ...], textures: tuple[str, ...] = TEXTURES) -> Thing:
         """An object near `at`, of one of `sizes` (keys of RADII) and of a shape and colour not used yet."""
@@ -73,10 +77,10 @@ class Kit:
         return outer
 
 
-def choose_layout(rng: Random, colours: list[str]) -> Layout:
-    """One to four objects, of at least four `colours` to choose from."""
+def choose_layout(rng: Random, colours: list[str], swapped: bool = False) -> Layout:
+    """One to four objects, of at least four `colours` to choose from. swapped: as Kit has it."""
     plan = rng.choices((_alone, _pair, _inside, _line, _trio, _corners), (3, 6, 3, 3, 3, 2))[0]
-    return plan(Kit(rng, colours))
+    return plan(Kit(rng, colours, swapped))
 
 
 def _alone(kit: Kit) -> Layout:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from itertools import chain, count, groupby
 from random import Random
 from typing import Literal
 
@@ -17,11 +18,12 @@ from pipelines.training.examples import pixels_in
 
 @dataclass(frozen=True)
 class Pair:
-    """pixels: uint8 [height, width, 3], which the pairs of one image share. identity: as EXAMPLE has it."""
+    """pixels: uint8 [height, width, 3], which the pairs of one image share. identity, together: as EXAMPLE has them."""
 
     pixels: NDArray[np.uint8]
     caption: str
     identity: str
+    together: str | None = None
 
 
 def pairs(
@@ -29,26 +31,35 @@ def pairs(
 ) -> Iterator[Pair]:
     """Of tables of EXAMPLE, in their order. With `one`, each epoch takes the next of an image's captions."""
     for table in tables:
-        columns = (table.column(name).to_pylist() for name in ("key", "identity", "captions"))
-        for image, key, identity, texts in zip(pixels_in(table, size), *columns, strict=True):
+        columns = (table.column(name).to_pylist() for name in ("key", "identity", "together", "captions"))
+        for image, key, identity, together, texts in zip(pixels_in(table, size), *columns, strict=True):
             taken = texts if captions == "each" else [texts[(_number(key) + epoch) % len(texts)]]
             # Its own: a view of one image, held for long, would hold all of its table.
             own = image.copy()
-            yield from (Pair(own, text, identity) for text in taken)
+            yield from (Pair(own, text, identity, together) for text in taken)
 
 
 def shuffled(stream: Iterable[Pair], buffer: int, rng: Random) -> Iterator[Pair]:
-    """Each drawn from the `buffer` pairs that are next in the stream."""
-    held: list[Pair] = []
-    for pair in stream:
-        if len(held) < buffer:
-            held.append(pair)
-            continue
-        at = rng.randrange(buffer)
-        yield held[at]
-        held[at] = pair
+    """Drawn from the `buffer` pairs that are next in the stream, those that stay together as one."""
+    held: list[list[Pair]] = []
+    size = 0
+    for run in _runs(stream):
+        while held and size + len(run) > buffer:
+            at = rng.randrange(len(held))
+            held[at], held[-1] = held[-1], held[at]
+            size -= len(held[-1])
+            yield from held.pop()
+        held.append(run)
+        size += len(run)
     rng.shuffle(held)
-    yield from held
+    yield from chain.from_iterable(held)
+
+
+def _runs(stream: Iterable[Pair]) -> Iterator[list[Pair]]:
+    """Pairs that follow one another and stay together; any other by itself."""
+    alone = count()
+    runs = groupby(stream, lambda pair: next(alone) if pair.together is None else pair.together)
+    return (list(run) for _, run in runs)
 
 
 def batches(stream: Iterable[Pair], size: int, whole_alone: bool = False) -> Iterator[list[Pair]]:

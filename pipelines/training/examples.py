@@ -27,11 +27,13 @@ EXAMPLE = pa.schema(
     [
         pa.field("key", pa.string()),
         pa.field("identity", pa.string()),
+        pa.field("together", pa.string()),
         pa.field("captions", pa.list_(pa.string())),
         pa.field("pixels", pa.large_binary()),
     ]
 )
-"""identity: equal where images and captions match. pixels: uint8, row-major, [height, width, 3] of the model's size;
+"""identity: equal where images and captions match. together: equal where rows that follow one another are shuffled as
+one; null for a row by itself. pixels: uint8, row-major, [height, width, 3] of the model's size;
 null where nothing decodes them."""
 
 
@@ -39,13 +41,14 @@ null where nothing decodes them."""
 class Part:
     """Which samples are taken, and what their identity is.
 
-    field: of DataConfig.identity. named: the value of the metadata's `split` that is taken. hashed: the split that is
-    taken, with its shares. All are taken where neither is given.
+    field, together: DataConfig's identity and together. named: the value of the metadata's `split` that is taken.
+    hashed: the split that is taken, with its shares. All are taken where neither is given.
     """
 
     field: str
     named: str | None = None
     hashed: tuple[Split, SplitConfig] | None = None
+    together: str | None = None
 
     def identity(self, row: dict[str, Any], metadata: dict[str, Any]) -> str | None:
         """None for a sample that is not of this part, or has none."""
@@ -92,10 +95,16 @@ class Examples:
             captions = [caption for caption in row["captions"] or [] if caption]
             if row["end"] or not row["has_image"] or not captions:
                 continue
-            identity = self.part.identity(row, json.loads(row["metadata"] or "{}"))
+            metadata = json.loads(row["metadata"] or "{}")
+            identity = self.part.identity(row, metadata)
             if identity is not None:
-                image = images[at].as_py() if self.transform else None
-                yield {"key": row["key"], "identity": identity, "captions": captions, "image": image}
+                yield {
+                    "key": row["key"],
+                    "identity": identity,
+                    "together": value_of(self.part.together, row, metadata) if self.part.together else None,
+                    "captions": captions,
+                    "image": images[at].as_py() if self.transform else None,
+                }
 
     def _pixels(self, data: bytes | None) -> bytes | None:
         opened = open_image(data or b"", self.decode.max_pixels)

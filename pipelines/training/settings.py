@@ -50,6 +50,11 @@ class DataConfig(Section):
         "each", description="an epoch shows an image with each of its captions, or with one of them, in turn"
     )
     shuffle: int = Field(4_096, ge=1, description="pairs that the next is drawn from; 1 keeps the input's order")
+    together: str | None = Field(
+        None,
+        description="`label`, or a field of the metadata: samples that follow one another and have the same are "
+        "shuffled as one and meet in a batch, such as hard negatives of each other",
+    )
     cache: bool = Field(
         False, description="keep decoded images in Ray's object store, which spills to disk; else decode every epoch"
     )

@@ -74,7 +74,7 @@ class TrainRun:
     @property
     def train_part(self) -> Part:
         data = self.config.data
-        return Part(data.identity, data.train, ("train", data.split) if data.split else None)
+        return Part(data.identity, data.train, ("train", data.split) if data.split else None, data.together)
 
     @property
     def val_part(self) -> Part:

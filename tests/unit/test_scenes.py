@@ -25,6 +25,18 @@ MANY = [scene(3, index) for index in range(150)]
 OPENING = rf"^(?:{'|'.join(opening for opening in set(OPENINGS) if opening)})?"
 
 
+@pytest.mark.parametrize("index", range(20))
+def test_a_twin_has_the_first_two_objects_look_like_each_other(index: int) -> None:
+    one, twin = scene(3, index), scene(3, index, swapped=True)
+    things, theirs = one.objects["things"], twin.objects["things"]
+    assert one.objects["backdrop"] == twin.objects["backdrop"] and one.objects["relation"] == twin.objects["relation"]
+    assert [(thing["centre"], thing["size"]) for thing in things] == [(each["centre"], each["size"]) for each in theirs]
+    assert one.captions != twin.captions and len(one.captions) == len(twin.captions)
+    if one.objects["relation"] in ("above", "below", "to the left of", "to the right of"):
+        looks, others = ([(each["shape"], each["colour"]) for each in of] for of in (things, theirs))
+        assert others == [looks[1], looks[0], *looks[2:]]
+
+
 def test_the_same_seed_and_index_give_the_same_scene() -> None:
     again = scene(3, 7)
     assert again.image.tobytes() == MANY[7].image.tobytes()

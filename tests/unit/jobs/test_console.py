@@ -22,6 +22,7 @@ def test_elsewhere_than_on_a_terminal_a_line_is_printed_every_30_s(
         "event": "progress",
         "shards_done": 2,
         "shards": 8,
+        "encoders": 1,
         "rows": {"encode": 310, "write": 200},
         "rows_per_second": 10.0,
         "elapsed_s": 31,

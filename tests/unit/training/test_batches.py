@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 from collections import Counter
+from dataclasses import replace
+from itertools import groupby
 from random import Random
 from typing import Any
 
@@ -75,6 +77,17 @@ def test_shuffling_loses_nothing_and_depends_on_the_seed_alone() -> None:
     assert first != [pair.caption for pair in stream]
 
 
+@pytest.mark.parametrize("buffer", [2, 7, 100])
+def test_what_stays_together_is_shuffled_as_one(buffer: int) -> None:
+    stream = [replace(pair, together=f"{at // 3}") for at, pair in enumerate(pairs([examples(39)], SIZE, "one", 0))]
+    alone = list(pairs([examples(5)], SIZE, "one", 1))
+    found = list(shuffled([*stream, *alone], buffer, Random(1)))
+    assert sorted(pair.caption for pair in found) == sorted(pair.caption for pair in [*stream, *alone])
+    runs = [list(run) for _, run in groupby(filter(lambda pair: pair.together, found), lambda pair: pair.together)]
+    assert sorted(runs, key=lambda run: int(str(run[0].together))) == [stream[at : at + 3] for at in range(0, 39, 3)]
+    assert [run[0].together for run in runs] != [f"{at}" for at in range(13)] or buffer == 2
+
+
 def test_only_whole_batches_unless_there_is_no_other() -> None:
     stream = list(pairs([examples(10)], SIZE, "one", 0))
     assert [len(batch) for batch in batches(stream, 4)] == [4, 4]
@@ -119,6 +132,7 @@ def test_identities_are_ones_own_labels_or_a_field() -> None:
     assert [row["identity"] for row in taken(table, Part("label"))] == ["cats", "cats"]
     assert [row["identity"] for row in taken(table, Part("identity"))] == ["7", "7"]
     assert [row["key"] for row in taken(table, Part("identity", named="val"))] == ["k1"]
+    assert [row["together"] for row in taken(table, Part("own", together="identity"))] == ["7", "7", None]
 
 
 def test_a_split_by_hash_keeps_groups_whole() -> None:
