@@ -34,7 +34,7 @@ def test_the_demo_finds_by_words_and_what_it_altered_and_resumes(tmp_path: Path)
         assert any(re.search(way, caption) for way in SAID[text]), (text, caption)
     # By chance 0.1 and 1.0 %.
     figures = re.search(r"text → image: R@1 ([\d.]+)%.* R@10 ([\d.]+)%", printed)
-    assert figures and float(figures[1]) > 50 and float(figures[2]) > 90, printed
+    assert figures and float(figures[1]) > 60 and float(figures[2]) > 95, printed
     for line in printed.splitlines():
         if line.startswith(f"  {demo}"):
             assert Path(line.split()[0]).exists(), line
