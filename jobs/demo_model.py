@@ -17,7 +17,7 @@ from jobs.train import train
 from pipelines.scenes import write_shards
 
 RECIPE = Path(__file__).parent / "recipes" / "training" / "demo.yaml"
-SCENES, SHARDS, SEED = 10_000, 10, 101
+SCENES, SHARDS, SEED = 16_000, 16, 101
 VAL_SCENES, VAL_SEED = 1_000, 102
 
 

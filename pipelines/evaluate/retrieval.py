@@ -2,7 +2,8 @@
 
 captions: image→text and text→image, a hit is any caption of the image and the image of the caption (Karpathy and
 Fei-Fei, CVPR 2015). identity: text→image, a hit is any image of the same person (CUHK-PEDES; Li et al., CVPR 2017).
-label: image→image, a hit is any other image of the same label. Nearness is the cosine, whatever length vectors have.
+label: image→image, a hit is any other image of the same label. Nearness is the cosine, whatever length vectors have;
+through the index, and beside it, what the release's own metric says.
 """
 
 from __future__ import annotations
@@ -51,10 +52,11 @@ DIRECTIONS: dict[Protocol, list[tuple[Modality, Modality]]] = {
     "label": [("image", "image")],
 }
 ROUNDING = 1e-6
-"""Of a score of unit vectors in float32: that of equal vectors differs by it with their places in a batch."""
+"""Of a score in float32, relative where it is above 1: that of equal vectors differs by it with their places in a
+batch."""
 WHERE_LABELS_ARE = "Labels are the sub-folders of an input folder, or its column `label`."
-CANDIDATE_BYTES = 16 * 2**10
-"""Of what an index shard answers to one query, and of what is made of it."""
+CANDIDATE_BYTES = 128 * 2**10
+"""Of what two index shards answer to one query, and of what is made of it."""
 PAIRS_AT_LEAST, QUERIES_AT_LEAST = 2 * 10**9, 1_000
 Say = Callable[[str], None]
 
@@ -214,7 +216,8 @@ def _direction(store: Store, encoder: str, protocol: Protocol, asks: Modality, f
         asking = questions if are_unit else UnitItems(questions)
         return _in_folds(encoder, protocol, asks, finds, asking, among, asked, asked.fold)
     size = sum(len(ids) for ids, _ in gallery.codes())
-    fitting = asked.room.bytes // 4 // (4 * questions.dim)
+    # Of vectors that are not unit there are two: as they are, for the index, and made unit.
+    fitting = asked.room.bytes // 4 // (4 * questions.dim) // (1 if are_unit else 2)
     count = asked.sample or min(fitting, max(QUERIES_AT_LEAST, PAIRS_AT_LEAST // max(1, size)))
     ids, total = draw(questions, count, asked.seed)
     if len(ids) > fitting:
@@ -336,7 +339,8 @@ def _nearest(searcher: Searcher, queries: Vectors, k: int, room: Room) -> Top:
 
 def wrong_first(hits: NDArray[np.bool_], scores: Vectors) -> NDArray[np.bool_]:
     """Hits [n, k], best first, of which those of equal scores (but for rounding) are ordered as exact ranking does."""
-    runs = np.cumsum(np.abs(np.diff(scores, axis=1, prepend=scores[:, :1])) > ROUNDING, axis=1)
+    apart = np.abs(np.diff(scores, axis=1, prepend=scores[:, :1])) > ROUNDING * np.maximum(1, np.abs(scores))
+    runs = np.cumsum(apart, axis=1)
     return np.take_along_axis(hits, np.lexsort((hits, runs), axis=1), axis=1)
 
 

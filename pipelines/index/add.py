@@ -1,9 +1,7 @@
-"""The Ray tasks of a build: train on a GPU; and, each on a run of parts, read what was picked, fill an index shard,
-ask it."""
+"""The Ray tasks of a build, each on a run of parts: read what was picked, fill an index shard, ask it."""
 
 from __future__ import annotations
 
-import os
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
@@ -12,11 +10,9 @@ from typing import Any
 import faiss
 import numpy as np
 import ray
-from numpy.typing import NDArray
 
 from pipelines.errors import VecmillError
 from pipelines.index.attempt import Filled, keep_filled
-from pipelines.index.choose import empty_index
 from pipelines.index.files import load_index, sha256_of
 from pipelines.index.manifest import Coding, IndexShard, SideFile
 from pipelines.index.measure import answer, score
@@ -24,7 +20,7 @@ from pipelines.index.parts import Parts, Vectors, batches, part_of, require_fini
 from pipelines.index.recall import empty_top, exact_in_batch, merge
 from pipelines.index.rerank import SideWriter
 from pipelines.index.room import require_free_disk
-from pipelines.index.train import read_picked, train
+from pipelines.index.train import read_picked
 from pipelines.observe import peak_memory_mib
 from pipelines.storage import Store, scratch_folder
 
@@ -84,24 +80,6 @@ def fill_and_note(store: Store, note: str, *rest: Any) -> Filled:
     return filled
 
 
-def trained(
-    key: str, metric: str, sample: Vectors, dim: int, progress: Callable[[str], None] = lambda line: None
-) -> Any:
-    """`train` on a GPU of the cluster, where one is free, else in this process."""
-    free: dict[str, float] = ray.available_resources()  # type: ignore[no-untyped-call]
-    if free.get("GPU", 0) < 1 or empty_index(key, dim, metric).is_trained:
-        return train(key, metric, sample, dim)
-    progress("training where the cluster has a GPU")
-    return faiss.deserialize_index(get(train_task.remote(key, metric, ray.put(sample), dim)))
-
-
-def train_on_gpu(key: str, metric: str, sample: Vectors, dim: int) -> NDArray[np.uint8]:
-    """The trained index as FAISS's bytes. What is not done on the GPU takes all cores of its node."""
-    faiss.omp_set_num_threads(os.cpu_count() or 1)
-    return np.asarray(faiss.serialize_index(train(key, metric, sample, dim)), np.uint8)
-
-
-train_task = ray.remote(num_cpus=1, num_gpus=1)(train_on_gpu)
 fill_task = ray.remote(num_cpus=1)(fill_and_note)
 answer_task = ray.remote(num_cpus=1)(answer)
 score_task = ray.remote(num_cpus=1)(score)

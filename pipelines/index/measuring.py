@@ -6,6 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from shutil import disk_usage
 from typing import Any
 
 import numpy as np
@@ -91,10 +92,11 @@ class Measuring:
         """Parameters for all index shards, tuned on the first where none are decided, and milliseconds a query takes.
 
         A search goes through the index shards one after the other, so that each has its rows' share
-        of the target. It is mapped, as searches have it: one in other storage from a copy, where the disk has room.
+        of the target. It is mapped, as searches have it: one in other storage from a copy, where the disk has twice
+        the room.
         """
         with scratch_folder() as scratch:
-            copies = Cache(Path(scratch), self.shards[0].bytes, optional=True)
+            copies = Cache(Path(scratch), disk_usage(scratch).free // 2, optional=True)
             return self._tuned(
                 opened_shard(self.store, self.folder, self.shards[0], self.plan.key, copies), queries, decided
             )

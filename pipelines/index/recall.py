@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 import faiss
@@ -56,8 +56,16 @@ class Top:
 
 
 def merge(tops: Iterable[Top], k: int, metric: str) -> Top:
-    """The best k of several; equal scores in order of id, so that the cut into shards does not show."""
-    found = list(tops)
+    """The best k of several, of which no more than two are held; equal scores in order of id, so that the cut into
+    shards does not show."""
+    rest = iter(tops)
+    best = _best_of([next(rest)], k, metric)
+    for top in rest:
+        best = _best_of([best, top], k, metric)
+    return best
+
+
+def _best_of(found: Sequence[Top], k: int, metric: str) -> Top:
     ids = np.concatenate([top.ids for top in found], axis=1)
     scores = np.concatenate([top.scores for top in found], axis=1)
     if all(top.late is None for top in found):

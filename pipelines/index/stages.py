@@ -17,11 +17,12 @@ import ray
 
 from pipelines.config import IndexConfig
 from pipelines.contracts import Modality
-from pipelines.index.add import fill_task, read_task, results, trained
+from pipelines.index.add import fill_task, read_task, results
 from pipelines.index.asked import Asked, keep_asked
 from pipelines.index.attempt import Attempt, Filled, Learnt, Progress
 from pipelines.index.chart import svg
 from pipelines.index.files import sha256_of
+from pipelines.index.gpu import trained
 from pipelines.index.manifest import CHART, REPORT, TRAINED, Coding, IndexShard, KeptFile, Latency, Release, Variants
 from pipelines.index.measure import Answers, require_whole
 from pipelines.index.measuring import K, Measuring, Tuned
@@ -143,7 +144,8 @@ class Build:
 
     def train(self, sample: Vectors, progress: Progress) -> KeptFile:
         """The empty trained index that every index shard starts from."""
-        index = trained(self.plan.key, self.settings.metric, sample, self.plan.parts.dim, progress)
+        index, peak_mib = trained(self.plan.key, self.settings.metric, sample, self.plan.parts.dim, progress)
+        self.peak_mib["train"] = round(peak_mib, 1)
         with scratch_folder() as scratch:
             local = Path(scratch) / TRAINED
             faiss.write_index(index, str(local))

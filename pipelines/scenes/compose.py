@@ -33,7 +33,8 @@ class Scene:
 def scene(seed: int, index: int, swapped: bool = False) -> Scene:
     """Scene `index` of the endless series `seed`; the same two numbers give the same scene, pixel for pixel.
 
-    swapped: its twin, in which the first two objects have each other's shape and colour, and are told of so.
+    swapped: its twin, in which the first two objects have each other's shape and colour, and are told of so; a lone
+    object has another's, and one that others lie in keeps its shape.
     """
     rng = Random(f"scene {seed} {index}")
     size = (rng.randint(*SIDE_PIXELS), rng.randint(*SIDE_PIXELS))
@@ -56,6 +57,7 @@ def _captions(backdrop: Backdrop, layout: Layout, rng: Random) -> list[str]:
     captions = [
         f"{opening}{rng.choice(layout.full)}",
         f"{rng.choice(layout.short)} on {backdrop.phrase()}",
+        rng.choice(layout.short),
         f"{COUNTED[len(layout.things)]}: {_listed([thing.phrase(rng.random() < 0.5) for thing in layout.things])}",
         f"{rng.choice(('on', 'against'))} {backdrop.phrase()}, {rng.choice(layout.full)}",
     ]

@@ -51,7 +51,7 @@ class Kit:
     """Makes objects that differ from each other in colour and in shape."""
 
     def __init__(self, rng: Random, colours: list[str], swapped: bool) -> None:
-        """swapped: what the first two would look like is exchanged, and nothing else."""
+        """swapped: what the first two would look like is exchanged, as far as their layout leaves them a choice."""
         self.rng = rng
         self._colours = rng.sample(colours, len(colours))
         self._shapes = rng.sample(list(SHAPES), len(SHAPES))

@@ -42,11 +42,12 @@ def _write_tar(path: Path, indices: range, seed: int, damage: dict[int, Damage],
 
 
 def _files(index: int, seed: int, damage: Damage | None, twins: bool) -> Files:
-    drawn = scene(seed, index // 2, swapped=bool(index % 2)) if twins else scene(seed, index)
+    of, swapped = divmod(index, 2) if twins else (index, 0)
+    drawn = scene(seed, of, swapped=bool(swapped))
     extension, image = ("png", _png(drawn)) if index % PNG_EVERY == PNG_EVERY - 1 else ("jpg", jpeg(drawn.image))
-    metadata = {"seed": seed, "index": index, "captions": drawn.captions, "objects": drawn.objects}
+    metadata = {"seed": seed, "index": of, "captions": drawn.captions, "objects": drawn.objects}
     if twins:
-        metadata["twins"] = index // 2
+        metadata |= {"twins": of, "swapped": bool(swapped)}
     files = {extension: image, "txt": drawn.captions[0].encode(), "json": json.dumps(metadata).encode()}
     return damage.apply(drawn, files) if damage else files
 

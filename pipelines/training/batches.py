@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from itertools import chain, count, groupby
+from itertools import chain, count, groupby, islice
 from random import Random
 from typing import Literal
 
@@ -40,10 +40,10 @@ def pairs(
 
 
 def shuffled(stream: Iterable[Pair], buffer: int, rng: Random) -> Iterator[Pair]:
-    """Drawn from the `buffer` pairs that are next in the stream, those that stay together as one."""
+    """Drawn from the `buffer` pairs that are next in the stream, those that stay together as one, so many at most."""
     held: list[list[Pair]] = []
     size = 0
-    for run in _runs(stream):
+    for run in _runs(stream, buffer):
         while held and size + len(run) > buffer:
             at = rng.randrange(len(held))
             held[at], held[-1] = held[-1], held[at]
@@ -55,11 +55,13 @@ def shuffled(stream: Iterable[Pair], buffer: int, rng: Random) -> Iterator[Pair]
     yield from chain.from_iterable(held)
 
 
-def _runs(stream: Iterable[Pair]) -> Iterator[list[Pair]]:
-    """Pairs that follow one another and stay together; any other by itself."""
+def _runs(stream: Iterable[Pair], most: int) -> Iterator[list[Pair]]:
+    """Pairs that follow one another and stay together, at most so many; any other by itself."""
     alone = count()
     runs = groupby(stream, lambda pair: next(alone) if pair.together is None else pair.together)
-    return (list(run) for _, run in runs)
+    for _, run in runs:
+        while some := list(islice(run, most)):
+            yield some
 
 
 def batches(stream: Iterable[Pair], size: int, whole_alone: bool = False) -> Iterator[list[Pair]]:

@@ -53,7 +53,7 @@ class DataConfig(Section):
     together: str | None = Field(
         None,
         description="`label`, or a field of the metadata: samples that follow one another and have the same are "
-        "shuffled as one and meet in a batch, such as hard negatives of each other",
+        "shuffled as one, so that hard negatives of each other come together; at most data.shuffle of them",
     )
     cache: bool = Field(
         False, description="keep decoded images in Ray's object store, which spills to disk; else decode every epoch"

@@ -26,7 +26,7 @@ OPENING = rf"^(?:{'|'.join(opening for opening in set(OPENINGS) if opening)})?"
 
 
 @pytest.mark.parametrize("index", range(20))
-def test_a_twin_has_the_first_two_objects_look_like_each_other(index: int) -> None:
+def test_in_a_twin_the_first_two_objects_have_each_others_looks(index: int) -> None:
     one, twin = scene(3, index), scene(3, index, swapped=True)
     things, theirs = one.objects["things"], twin.objects["things"]
     assert one.objects["backdrop"] == twin.objects["backdrop"] and one.objects["relation"] == twin.objects["relation"]
