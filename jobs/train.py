@@ -106,14 +106,11 @@ def _evaluated_on(config: TrainConfig) -> str:
 
 def run_training(run: TrainRun) -> None:
     from pipelines.training.checkpoint import read_history
-    from pipelines.training.train import CURVES, draw
     from pipelines.training.train import train as train_what_is_left
 
     if run.finished:
         out.print("The run is finished; nothing is left to do.")
-        # It may have died between its last figures and the picture.
-        history = read_history(run.store) if run.store.exists(CURVES) else draw(run.store)
-        return show_result(run.store, history, run.store.uri("model"))
+        return show_result(run.store, read_history(run.store), run.store.uri("model"))
     if any(run.done):
         err.print(f"{done(run)} were done before; going on from their checkpoint.")
     with TrainProgress(run) as progress:

@@ -15,7 +15,8 @@ from pipelines.encoders.matcher_folder import CONFIG, WEIGHTS, MatcherConfig
 from pipelines.encoders.matcher_model import Matcher
 from pipelines.storage import Store, scratch_folder
 
-FOLDER, MODEL, METRICS, SURVEY, RECORD = "checkpoints", "model", "metrics.json", "survey.json", "train.json"
+FOLDER, MODEL, SURVEY, RECORD = "checkpoints", "model", "survey.json", "train.json"
+METRICS, CURVES = "metrics.json", "curves.png"
 KEPT = 2
 _NAME = re.compile(r"epoch-(\d{5})(?:-step-(\d{8}))?\.pt")
 

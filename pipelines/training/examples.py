@@ -41,18 +41,18 @@ null where nothing decodes them."""
 class Part:
     """Which samples are taken, and what their identity is.
 
-    field, together: DataConfig's identity and together. named: the value of the metadata's `split` that is taken.
+    field, together: DataConfig's identity and together. named: the values of the metadata's `split` that are taken.
     hashed: the split that is taken, with its shares. All are taken where neither is given.
     """
 
     field: str
-    named: str | None = None
+    named: tuple[str, ...] | None = None
     hashed: tuple[Split, SplitConfig] | None = None
     together: str | None = None
 
     def identity(self, row: dict[str, Any], metadata: dict[str, Any]) -> str | None:
         """None for a sample that is not of this part, or has none."""
-        if self.named is not None and metadata.get("split") != self.named:
+        if self.named is not None and metadata.get("split") not in self.named:
             return None
         if self.hashed is not None:
             split, shares = self.hashed

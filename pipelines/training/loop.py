@@ -10,9 +10,10 @@ import json
 from collections.abc import Iterator
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import torch
+from timm.models import get_pretrained_cfg
 from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel
 
@@ -23,13 +24,14 @@ from pipelines.errors import VecmillError
 from pipelines.observe import Observe
 from pipelines.storage import Store
 from pipelines.training.batches import Pair, hashed
-from pipelines.training.checkpoint import METRICS, Position, last_checkpoint, save_checkpoint, save_model
+from pipelines.training.checkpoint import CURVES, METRICS, Position, last_checkpoint, save_checkpoint, save_model
+from pipelines.training.curves import draw_curves
 from pipelines.training.feed import Feed
 from pipelines.training.history import History, best, exhausted
 from pipelines.training.network import Network
 from pipelines.training.place import Place
 from pipelines.training.schedule import averaging, learning_rate
-from pipelines.training.settings import ModelConfig, TrainConfig
+from pipelines.training.settings import HALF, ModelConfig, TrainConfig, Triple
 from pipelines.training.survey import Survey
 from pipelines.training.tally import Tally
 from pipelines.training.validation import validate
@@ -59,7 +61,12 @@ class Task:
         return matcher_config(self.config.model, len(self.survey.classes))
 
 
+def _finite(network: nn.Module) -> bool:
+    return all(bool(value.isfinite().all()) for value in network.state_dict().values())
+
+
 def matcher_config(model: ModelConfig, classes: int) -> MatcherConfig:
+    mean, std = normalisation(model)
     return MatcherConfig(
         image_tower=model.tower,
         embed_dim=model.embed_dim,
@@ -67,11 +74,19 @@ def matcher_config(model: ModelConfig, classes: int) -> MatcherConfig:
         word_dim=model.word_dim,
         max_words=model.max_words,
         image_size=model.image_size,
-        mean=model.mean,
-        std=model.std,
+        mean=mean,
+        std=std,
         num_classes=classes,
         image_arguments=model.image_arguments,
     )
+
+
+def normalisation(model: ModelConfig) -> tuple[Triple, Triple]:
+    """Mean and deviation of the channels: those given, else those that timm's weights of the tower were trained with,
+    where it starts from weights; else one half."""
+    known = get_pretrained_cfg(model.tower) if model.weights else None
+    mean, std = (known.mean, known.std) if known else (HALF, HALF)
+    return cast(Triple, model.mean or mean), cast(Triple, model.std or std)
 
 
 class Worker:
@@ -186,9 +201,10 @@ class Worker:
         rate = self.optimiser.param_groups[0]["lr"]
         told = {"epoch": self.epoch, "seconds": tally.seconds, "steps": tally.steps, "pairs": tally.pairs, "lr": rate}
         told |= tally.means()
-        if "loss" not in told:
+        if "loss" not in told or not _finite(self.network):
+            what = "some weights overflowed" if "loss" in told else "no step had a finite loss"
             raise VecmillError(
-                f"In epoch {self.epoch} no step had a finite loss",
+                f"In epoch {self.epoch} {what}",
                 "Lower optim.lr, set optim.clip_norm, or set optim.precision to fp32, and start with another output.",
             )
         if self.config.evaluates and (self.epoch % self.config.stop.every == 0 or self._is_last()):
@@ -227,11 +243,15 @@ class Worker:
         self.scaler.unscale_(self.optimiser)
         limit = self.optim.clip_norm or torch.inf
         norm = nn.utils.clip_grad_norm_([w for w in self.network.parameters() if w.grad is not None], limit)
-        self.scaler.step(self.optimiser)
-        self.scaler.update()
+        finite = torch.isfinite(norm)
+        # The scaler looks by itself. A step by what is not finite would leave nothing of the weights.
+        if self.scaler.is_enabled() or finite:
+            self.scaler.step(self.optimiser)
+            self.scaler.update()
+            self.network.keep_in_bounds()
         if self.averaged is not None:
             self.averaged.update_parameters(self.network)
-        return {**told, "gradient_norm": norm}
+        return {**told, "gradient_norm": norm, "steps_left_out": (~finite).float()}
 
     def _autocast(self) -> AbstractContextManager[Any]:
         precision = self.optim.precision
@@ -265,6 +285,7 @@ class Worker:
         if at == len(self.history) - 1:
             model, vocabulary = self.config.model, self.task.survey.vocabulary
             save_model(store, self.evaluated, self.task.matcher, vocabulary, model.dtype)
+        store.put_atomic(CURVES, draw_curves(self.history))
         finished = self._is_last() or self._exhausted()
         told = {"finished": finished, "best_epoch": self.history[at]["epoch"], "epochs": self.history}
         store.put_atomic(METRICS, json.dumps(told, indent=2).encode())

@@ -39,6 +39,12 @@ class Network(nn.Module):
         with torch.no_grad():
             return {"loss": total, **parts, **similarities(images, texts, identities)}
 
+    @torch.no_grad()
+    def keep_in_bounds(self) -> None:
+        """After a step. A bound within the loss would have no gradient beyond it, and the scale never come back."""
+        if self.log_scale is not None:
+            self.log_scale.clamp_(max=log(LARGEST_SCALE))
+
     def _parts(self, images: Tensor, texts: Tensor, identities: Tensor) -> dict[str, Tensor]:
         weights, parts = self.weights, {}
         if weights.cmpm:
@@ -48,8 +54,7 @@ class Network(nn.Module):
             for name, each in zip(("image_precision", "text_precision"), logits, strict=True):
                 parts[name] = (each.detach().argmax(1) == identities).float().mean()
         if self.log_scale is not None:
-            scale = self.log_scale.exp().clamp(max=LARGEST_SCALE)
-            parts["infonce"] = losses.infonce(images, texts, identities, scale)
+            parts["infonce"] = losses.infonce(images, texts, identities, self.log_scale.exp())
         if weights.constraint_images:
             parts["constraint_images"] = losses.constraint(images, identities)
         if weights.constraint_texts:

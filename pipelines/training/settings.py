@@ -27,6 +27,7 @@ TOWERS = {"mobilenetv1": "mobilenetv1_100", "resnet50": "resnet50", "resnet152":
 
 Weight = Annotated[float, Field(ge=0)]
 Triple = tuple[float, float, float]
+HALF: Triple = (0.5, 0.5, 0.5)
 
 
 def _square(size: Any) -> Any:
@@ -40,7 +41,9 @@ class DataConfig(Section):
         description="what matches: own (each image with its own captions), label (class folders), or a field of the "
         "samples' metadata that names an identity",
     )
-    train: str | None = Field(None, description="samples to train on: those whose metadata has this `split`")
+    train: Annotated[list[str] | None, BeforeValidator(one_or_more)] = Field(
+        None, description="samples to train on: those whose metadata has this `split`, or one of these"
+    )
     val: str | None = Field(None, description="samples to evaluate on: those whose metadata has this `split`")
     val_input: Annotated[list[str] | None, BeforeValidator(one_or_more)] = Field(
         None, description="inputs to evaluate on, where they are others"
@@ -76,8 +79,12 @@ class ModelConfig(Section):
     max_words: int = Field(100, ge=1)
     vocab_size: int = Field(12_000, ge=4, description="words, with padding, unknown, start and end; the most frequent")
     image_size: Annotated[tuple[int, int], BeforeValidator(_square)] = Field((224, 224), description="height and width")
-    mean: Triple = (0.5, 0.5, 0.5)
-    std: Triple = (0.5, 0.5, 0.5)
+    mean: Triple | None = Field(
+        None,
+        description="of the channels; unset: as timm's weights of the tower want it where it starts from weights, "
+        "else one half",
+    )
+    std: Triple | None = None
     dropout: float = Field(0.3, ge=0, lt=1, description="of words and of the LSTM's outputs")
     dtype: Literal["float32", "float16"] = Field("float32", description="of the weights in the model's folder")
 
@@ -170,6 +177,11 @@ class TrainConfig(Section):
         ways = {"data.val": self.data.val, "data.val_input": self.data.val_input, "data.split": self.data.split}
         if len(given := [name for name, value in ways.items() if value]) > 1:
             raise ValueError(f"{' and '.join(given)} both say what is evaluated on: give one")
+        if self.data.split and self.data.identity not in ("own", self.data.split.by):
+            raise ValueError(
+                f"data.split.by = {self.data.split.by} would put some {self.data.identity} both in what is trained on "
+                f"and in what is evaluated on: set it to {self.data.identity}"
+            )
         if self.data.val and not self.data.train:
             raise ValueError("data.val without data.train would train on what is evaluated on: give both")
         if self.stop.patience and not any(ways.values()):

@@ -43,7 +43,6 @@ from pipelines.record import differences
 from pipelines.secrets import masked_values
 from pipelines.storage import Store, scratch_folder
 from pipelines.training.checkpoint import RECORD, SURVEY, Position, checkpoints, read_history
-from pipelines.training.curves import draw_curves
 from pipelines.training.examples import Examples, Part
 from pipelines.training.loop import Task, Worker, matcher_config
 from pipelines.training.place import Place
@@ -51,7 +50,6 @@ from pipelines.training.settings import ModelConfig, TrainConfig
 from pipelines.training.survey import SIGNS, Count, Survey, add_up
 from pipelines.training.trainer import Trainer
 
-CURVES = "curves.png"
 _MAY_CHANGE = {"output", "checkpoint", "workers", "cluster", "storage"}
 """Settings that a run may be continued with others of; the rest decides what it makes."""
 
@@ -74,12 +72,17 @@ class TrainRun:
     @property
     def train_part(self) -> Part:
         data = self.config.data
-        return Part(data.identity, data.train, ("train", data.split) if data.split else None, data.together)
+        return Part(
+            data.identity,
+            tuple(data.train) if data.train else None,
+            ("train", data.split) if data.split else None,
+            data.together,
+        )
 
     @property
     def val_part(self) -> Part:
         data = self.config.data
-        return Part(data.identity, data.val, ("val", data.split) if data.split else None)
+        return Part(data.identity, (data.val,) if data.val else None, ("val", data.split) if data.split else None)
 
 
 def prepare_training(config: TrainConfig, cluster: Cluster) -> TrainRun:
@@ -236,14 +239,7 @@ def train(
         unreadable = int(reading(meter).get("decode", {}).get("unreadable", 0))
         if unreadable:
             say(f"{unreadable:,} times an image could not be read, and was left out")
-        return draw(run.store)
-
-
-def draw(store: Store) -> dict[str, Any]:
-    """The curves of a run that is through, whose metrics it returns."""
-    history = read_history(store)
-    store.put_atomic(CURVES, draw_curves(history["epochs"]))
-    return history
+        return read_history(run.store)
 
 
 def survey(run: TrainRun, say: Say) -> Survey:

@@ -131,7 +131,7 @@ def test_identities_are_ones_own_labels_or_a_field() -> None:
     assert [row["identity"] for row in taken(table, Part("own"))] == ["a 0", "a 1", "a 2"]
     assert [row["identity"] for row in taken(table, Part("label"))] == ["cats", "cats"]
     assert [row["identity"] for row in taken(table, Part("identity"))] == ["7", "7"]
-    assert [row["key"] for row in taken(table, Part("identity", named="val"))] == ["k1"]
+    assert [row["key"] for row in taken(table, Part("identity", named=("val", "dev")))] == ["k1"]
     assert [row["together"] for row in taken(table, Part("own", together="identity"))] == ["7", "7", None]
 
 

@@ -10,10 +10,12 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
+from torch import nn
 
 from pipelines.errors import VecmillError
 from pipelines.storage import Store
 from pipelines.training import loop, losses
+from pipelines.training.batches import Pair
 from pipelines.training.checkpoint import checkpoints
 from pipelines.training.loop import Worker
 from pipelines.training.retrieval import recalls
@@ -187,6 +189,42 @@ def test_gradients_are_clipped_together_and_their_norm_is_told_as_it_was(tmp_pat
     kept = [[w.grad for w in each.network.parameters() if w.grad is not None] for each in (free, bound)]
     norms = [float(torch.cat([gradient.flatten() for gradient in gradients]).norm()) for gradients in kept]
     assert norms == pytest.approx([told[0], 0.01], rel=1e-3)
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_a_step_that_is_not_finite_leaves_the_weights_and_is_counted(tmp_path: Path, precision: str) -> None:
+    ran = worker(config(tmp_path, optim={"precision": precision}))
+    step, steps = ran._step, list[int]()
+
+    def spoiled(parallel: nn.Module, batch: list[Pair]) -> dict[str, torch.Tensor]:
+        steps.append(len(steps))
+        if len(steps) != 21:
+            return step(parallel, batch)
+        before = weights(ran.network)
+        hook = ran.network.matcher.text_head.register_forward_hook(lambda _, __, out: out * torch.inf)
+        told = step(parallel, batch)
+        hook.remove()
+        after = weights(ran.network)
+        assert all(torch.equal(before[name], after[name]) for name in before)
+        return told
+
+    ran._step = spoiled  # type: ignore[method-assign]
+    list(ran.run())
+    assert [told["steps_left_out"] for told in ran.history] == [0, 0, 0, pytest.approx(1 / 6)]
+    kept = load_file(tmp_path / "model" / "model.safetensors")
+    assert len(steps) == 24 and all(value.isfinite().all() for value in kept.values())
+
+
+def test_weights_that_overflow_are_never_kept(tmp_path: Path) -> None:
+    ran = worker(config(tmp_path))
+    epochs = ran.run()
+    next(epochs)
+    before = (tmp_path / "model" / "model.safetensors").read_bytes()
+    with torch.no_grad():
+        ran.network.matcher.text_head.bias[0] = torch.inf
+    with pytest.raises(VecmillError, match=r"In epoch 2 (some weights overflowed|no step had a finite loss)"):
+        next(epochs)
+    assert (tmp_path / "model" / "model.safetensors").read_bytes() == before
 
 
 def test_the_backbone_alone_decays(tmp_path: Path) -> None:

@@ -11,7 +11,7 @@ from torch import multiprocessing
 from pipelines.encoders.matcher_folder import MatcherConfig
 from pipelines.encoders.matcher_model import Matcher
 from pipelines.training import losses
-from pipelines.training.network import Network, gathered
+from pipelines.training.network import LARGEST_SCALE, Network, gathered
 from pipelines.training.settings import LossConfig
 
 ALL = LossConfig(cmpm=0.7, cmpc=1.3, infonce=0.5, constraint_images=0.2, constraint_texts=0.1)
@@ -88,3 +88,13 @@ def test_workers_together_have_the_gradients_of_one_with_the_whole_batch(tmp_pat
 def test_alone_nothing_is_gathered() -> None:
     tensor = torch.ones(2)
     assert gathered(tensor) is tensor
+
+
+def test_a_scale_at_its_bound_comes_back() -> None:
+    of = network()
+    assert of.log_scale is not None
+    of.log_scale.data.fill_(8)
+    of.keep_in_bounds()
+    assert of.log_scale.exp().item() == pytest.approx(LARGEST_SCALE)
+    of(*batch())["infonce"].backward()
+    assert of.log_scale.grad is not None and of.log_scale.grad.item() != 0

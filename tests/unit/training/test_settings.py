@@ -43,6 +43,7 @@ def test_presets_are_the_papers_backbones(preset: str, features: int) -> None:
     [
         ({"stop": {"patience": 2}}, "stop.patience needs samples to evaluate on"),
         ({"data": {"val": "val", "split": {}}}, "give one"),
+        ({"data": {"identity": "id", "split": {}}}, "data.split.by = key would put some id both in"),
         ({"decode": {"alpha": "white"}}, "decode.alpha"),
         ({"data": {"val": "val"}}, "data.val without data.train"),
         ({"loss": {"cmpm": 0, "cmpc": 0}}, "one of cmpm, cmpc and infonce"),
@@ -94,3 +95,17 @@ def test_of_the_gpus_as_many_have_a_worker_as_share_out_the_batch(gpus: int, bat
 def test_a_worker_has_the_threads_of_its_share_of_a_node(workers: int, threads: int) -> None:
     config = validate(TrainConfig, {**LEAST, "data": {"shuffle": 1}, "workers": {"workers": workers}})
     assert resolved(config, FARM).workers.threads == threads
+
+
+@pytest.mark.parametrize(
+    ("model", "mean"),
+    [
+        ({"image_tower": "resnet152", "weights": "timm"}, 0.485),
+        ({"image_tower": "resnet50", "weights": "weights.safetensors"}, 0.485),
+        ({"image_tower": "mobilenetv1", "weights": "timm"}, 0.5),
+        ({"image_tower": "resnet152"}, 0.5),
+        ({"image_tower": "resnet152", "weights": "timm", "mean": (0.1, 0.1, 0.1)}, 0.1),
+    ],
+)
+def test_images_are_normalised_as_the_weights_want_it(model: dict[str, Any], mean: float) -> None:
+    assert matcher_config(validate(TrainConfig, {**LEAST, "model": model}).model, 0).mean[0] == mean
