@@ -263,14 +263,19 @@ def survey(run: TrainRun, say: Say) -> Survey:
             f"{', '.join(run.config.input)}: {found.images} samples to train on, with {found.captions} captions",
             f"Each needs an image, a caption and, by data.identity, its {run.config.data.identity}; see data.train.",
         )
-    if run.config.data.together and not found.together:
-        raise InputError(
-            f"{', '.join(run.config.input)}: none of the {found.images:,} samples to train on has "
-            f"{run.config.data.together!r} in its metadata",
-            "See data.together.",
-        )
+    require_together(run.config, found)
     run.store.put_atomic(SURVEY, found.json().encode())
     return found
+
+
+def require_together(config: TrainConfig, found: Survey) -> None:
+    """Raises: InputError where data.together is nothing that any sample has."""
+    if config.data.together and not found.together:
+        raise InputError(
+            f"{', '.join(config.input)}: none of the {found.images:,} samples to train on has "
+            f"{config.data.together!r} in its metadata",
+            "See data.together.",
+        )
 
 
 def require_evaluated(run: TrainRun) -> None:

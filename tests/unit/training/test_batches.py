@@ -13,15 +13,18 @@ import numpy as np
 import pyarrow as pa
 import pytest
 
-from pipelines.config import DecodeConfig
+from pipelines.config import DecodeConfig, validate
 from pipelines.contracts import SAMPLE
 from pipelines.encoders.base import ImageTransform
 from pipelines.encoders.pixels import to_pixels
+from pipelines.errors import InputError
 from pipelines.observe import nowhere
 from pipelines.sources.split import SplitConfig, split_of
 from pipelines.training.batches import batches, pairs, shuffled
 from pipelines.training.examples import EXAMPLE, Examples, Part, pixels_in
+from pipelines.training.settings import TrainConfig
 from pipelines.training.survey import Count, add_up
+from pipelines.training.train import require_together
 from tests.unit.encoders.inputs import encoded, picture
 
 SIZE = (8, 6)
@@ -172,3 +175,19 @@ def test_the_survey_counts_words_and_identities_however_it_is_cut() -> None:
     assert whole == cut and (whole.images, whole.captions, whole.classes) == (3, 4, ["1", "2"])
     assert whole.vocabulary == ["<pad>", "<unk>", "<start>", "<end>", "a", "dog", "bird"]
     assert add_up([Count(False)(table)["counts"][0].as_py()], 99).classes == []
+
+
+def test_what_stays_together_is_counted_and_a_name_that_no_sample_has_is_told() -> None:
+    table = samples({"metadata": json.dumps({"twins": 1})}, {"metadata": json.dumps({"twins": 1})}, {})
+    config = validate(TrainConfig, {"input": "in", "output": "out", "data": {"together": "twins"}})
+    found = {
+        name: add_up(
+            Count(False)(pa.Table.from_pylist(taken(table, Part("own", together=name)), EXAMPLE))["counts"].to_pylist(),
+            9,
+        )
+        for name in ("twins", "twin")
+    }
+    assert [each.together for each in found.values()] == [2, 0]
+    require_together(config, found["twins"])
+    with pytest.raises(InputError, match="none of the 3 samples to train on has 'twins'"):
+        require_together(config, found["twin"])

@@ -219,6 +219,8 @@ def test_weights_that_overflow_are_never_kept(tmp_path: Path) -> None:
     ran = worker(config(tmp_path))
     epochs = ran.run()
     next(epochs)
+    # Drawn as it goes.
+    assert (tmp_path / "curves.png").read_bytes().startswith(b"\x89PNG")
     before = (tmp_path / "model" / "model.safetensors").read_bytes()
     with torch.no_grad():
         ran.network.matcher.text_head.bias[0] = torch.inf
