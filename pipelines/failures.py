@@ -16,8 +16,6 @@ from pipelines.ledger import Work
 STAGES = {"ReadShards": "read", "(Decode)": "decode", "(Encode)": "encode", "Write": "write"}
 ACTORS = {"(Encode)": "encode", "(Translate)": "translate"}
 _OPERATOR = re.compile(r"^  - (?P<name>.+?): (?P<active>\d+) active task", re.MULTILINE)
-
-
 Pending = Callable[[], list[Work]]
 
 

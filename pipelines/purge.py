@@ -10,9 +10,10 @@ from pipelines.compact import Holding, compact_parts, holdings
 from pipelines.contracts import FINDINGS
 from pipelines.errors import IndexBuildError
 from pipelines.index.current import current_version
-from pipelines.index.manifest import index_folder, index_homes
+from pipelines.index.manifest import index_folder
 from pipelines.index.parts import NoVectorsError, embeddings_folder, list_parts
 from pipelines.index.publish import delete_release, holding_removed, withdraw
+from pipelines.index.versions import index_homes
 from pipelines.lease import COLLECT, Say, held
 from pipelines.storage import Store
 from pipelines.takedowns import note_compacted, requests

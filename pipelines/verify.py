@@ -10,9 +10,9 @@ from pipelines.collect import leftovers, totals
 from pipelines.compact import holdings
 from pipelines.contracts import SAMPLES_FAMILY
 from pipelines.errors import LedgerError
-from pipelines.index.manifest import Release, ReleaseFile, index_folder, index_homes
+from pipelines.index.manifest import Release, ReleaseFile, index_folder
 from pipelines.index.release import merged_files, read_release
-from pipelines.index.versions import finished
+from pipelines.index.versions import finished, index_homes
 from pipelines.ledger import COMMITS, Commit, CommitRef, list_commits, read_commits, staged
 from pipelines.storage import COPY_BYTES, Store
 

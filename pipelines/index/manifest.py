@@ -8,7 +8,6 @@ from pydantic import BaseModel, ConfigDict
 
 from pipelines.index.drift import Drift
 from pipelines.index.parts import Parts
-from pipelines.storage import Store
 
 FORMAT = 1
 MANIFEST, REPORT, CHART = "manifest.json", "report.md", "curve.svg"
@@ -228,9 +227,3 @@ class Release(BaseModel):
 
 def index_folder(encoder: str, modality: str) -> str:
     return f"index/{encoder}/{modality}"
-
-
-def index_homes(store: Store) -> list[tuple[str, str]]:
-    """(encoder, modality) of every index that was ever begun."""
-    paths = (name.split("/") for name in store.names("index"))
-    return sorted({(path[0], path[1]) for path in paths if len(path) > 2})

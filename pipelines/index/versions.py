@@ -15,6 +15,12 @@ ID_SPACES = "id_spaces"
 VERSION_NAME = re.compile(r"v\d{4,}")
 
 
+def index_homes(store: Store) -> list[tuple[str, str]]:
+    """(encoder, modality) of every index that was ever begun."""
+    paths = (name.split("/") for name in store.names("index"))
+    return sorted({(path[0], path[1]) for path in paths if len(path) > 2})
+
+
 def claim_version(store: Store, folder: str, attempt: str, plan: str = "") -> str:
     """The name of a version that no other builder gets: `v0001` or the next free. plan: digest of what it will be."""
     # A note that one was published outlives it: what was so named once never means another release.
