@@ -260,11 +260,13 @@ def redirecting(*targets: str) -> tuple[Answer, list[str]]:
     asked: list[str] = []
 
     def answer(request: BaseHTTPRequestHandler) -> None:
+        target = targets[min(len(asked), len(targets) - 1)]
+        # Before the answer, which may have the caller look.
+        asked.append(request.path)
         request.send_response(302)
-        request.send_header("Location", targets[min(len(asked), len(targets) - 1)])
+        request.send_header("Location", target)
         request.send_header("Content-Length", "0")
         request.end_headers()
-        asked.append(request.path)
 
     return answer, asked
 
