@@ -160,7 +160,7 @@ class IndexConfig(Section):
     index_key: str | None = Field(None, description="FAISS factory string; unset: autofaiss chooses")
     metric: Literal["ip", "l2"] = "ip"
     shard_memory: str = Field("4G", description="most memory that one index shard may take when loaded")
-    max_query_ms: float = Field(10.0, gt=0, description="latency target of one query")
+    max_query_ms: float = Field(10.0, gt=0, description="latency target of one query on one thread")
     shards: PositiveInt | Auto = Field(
         "auto",
         description="index shards; auto: one per 10 million vectors, and of an index.index_key as many more as it "

@@ -175,7 +175,8 @@ class Release(BaseModel):
     id_space: one higher each time that ids start anew; within one, an id means the same vector.
     search_params: as FAISS's ParameterSpace reads them. settings: the index settings it was made by.
     seconds, peak_mib: of each stage. bytes_per_vector: of the FAISS files (`index`) and the side files (`rerank`).
-    query_ms, batch_query_ms: of a query alone, and of one of 32 asked at once, 0 where that was not measured.
+    query_ms, batch_query_ms: of a query alone on one thread, and of one of 32 asked at once on all, 0 where that was
+    not measured.
     round_trips: sampled ids that led back to part, row and key, and to the very vector that was indexed.
     trained: the empty index that every index shard started from. asked: what recall was measured with.
     grown_from: the release whose index shards are in it. drift: of what was added to them.

@@ -39,8 +39,6 @@ from pipelines.index.tune import apply, around, batch_query_ms, least, query_ms,
 from pipelines.storage import Store, scratch_folder
 
 K = max(DEPTHS)
-CURVE_S = 0.3
-"""Seconds that each of a curve's latencies is measured for."""
 NOT_MEASURED = {"recall": Recall(queries={}, figures={})}
 Heard = Callable[[IndexShard, Answers], Answers]
 
@@ -108,9 +106,9 @@ class Measuring:
         times = {}
         for each in [*others, params]:
             apply(index, each)
-            times[each] = round(query_ms(index, queries.vectors, 1.0 if each == params else CURVE_S) / share, 3)
+            times[each] = round(query_ms(index, queries.vectors) / share, 3)
         # The parameters chosen were set last.
-        return Tuned(params, times, round(batch_query_ms(index, queries.vectors, CURVE_S) / share, 3))
+        return Tuned(params, times, round(batch_query_ms(index, queries.vectors) / share, 3))
 
     def measure(self, tuned: Tuned, asked: Asked) -> dict[str, Any]:
         """The fields of the release that tell what it finds, and that its ids lead back."""
@@ -183,9 +181,9 @@ class Measuring:
 
 @dataclass(frozen=True)
 class Tuned:
-    """params: those chosen. times: milliseconds a query by parameters, these and others around them.
+    """params: those chosen. times: milliseconds a query of one thread by parameters, these and others around them.
 
-    batch_query_ms: a query with those chosen, of a batch that is asked at once.
+    batch_query_ms: a query with those chosen, of a batch that is asked at once on all threads.
     """
 
     params: str

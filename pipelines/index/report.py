@@ -29,7 +29,7 @@ def _facts(release: Release) -> Iterator[str]:
     if release.grown_from:
         yield f"- grown from {release.grown_from}{_drift_of(release)}"
     if release.batch_query_ms:
-        yield f"- {release.query_ms:.2f} ms a query alone, {release.batch_query_ms:.2f} of 32 at once"
+        yield f"- {release.query_ms:.2f} ms a query alone on one thread, {release.batch_query_ms:.2f} of 32 at once"
     for name, size in release.bytes_per_vector.items():
         held = release.rerank.coding.dtype if release.rerank and name == "rerank" else "the index itself"
         yield f"- {size:,.1f} bytes a vector: {name} ({held})"

@@ -1,3 +1,4 @@
+import faiss
 import numpy as np
 import pytest
 
@@ -5,7 +6,7 @@ from pipelines.config import IndexConfig
 from pipelines.errors import ConfigError
 from pipelines.index.plan import make_plan
 from pipelines.index.train import train
-from pipelines.index.tune import CHEAP_REACH, apply, batch_query_ms, full_probe, least, query_ms, tune
+from pipelines.index.tune import BATCH_QUERIES, CHEAP_REACH, apply, batch_query_ms, full_probe, least, query_ms, tune
 from tests.unit.index.test_parts import of_rows
 
 KEYS = {
@@ -30,7 +31,33 @@ def test_what_is_tuned_can_be_applied_and_searched(key: str) -> None:
     for each in (params, full_probe(key)):
         apply(index, each)
         assert (index.search(vectors[:3], 20)[1] >= 0).all()
-    assert query_ms(index, vectors[:3]) > 0 and batch_query_ms(index, vectors[:3], 0) > 0
+    assert query_ms(index, vectors[:3]) > 0 and batch_query_ms(index, vectors[:3]) > 0
+
+
+@pytest.mark.parametrize("key", ["IVF16,Flat", "PCA8,IVF16,PQ4x4"])
+def test_one_query_has_one_thread_and_a_batch_all(key: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    vectors = np.random.default_rng(0).normal(size=(1000, 16)).astype(np.float32)
+    index = train(key, KEYS[key], vectors, 16)
+    index.add_with_ids(vectors, np.arange(1000))
+    threads, search = [], type(index).search
+
+    def noted(self: object, queries: np.ndarray, *rest: int) -> tuple[np.ndarray, np.ndarray]:
+        threads.append((len(queries), faiss.omp_get_max_threads()))
+        found: tuple[np.ndarray, np.ndarray] = search(self, queries, *rest)
+        return found
+
+    before = faiss.omp_get_max_threads()
+    monkeypatch.setattr(type(index), "search", noted)
+    faiss.omp_set_num_threads(3)
+    try:
+        tune(index, key, 0.5)
+        query_ms(index, vectors[:3])
+        assert {on for _, on in threads} == {1}
+        threads.clear()
+        batch_query_ms(index, vectors[:3])
+        assert set(threads) == {(BATCH_QUERIES, 3)}
+    finally:
+        faiss.omp_set_num_threads(before)
 
 
 def test_parameters_an_index_has_not_are_refused() -> None:

@@ -6,7 +6,7 @@ import pytest
 
 from pipelines.config import IndexConfig
 from pipelines.errors import ConfigError
-from pipelines.index import variants
+from pipelines.index import tune
 from pipelines.index.manifest import Variant, Variants
 from pipelines.index.queries import Queries
 from pipelines.index.report import markdown
@@ -19,7 +19,7 @@ FLAT = ("Flat", "")
 
 @pytest.fixture(autouse=True)
 def quick(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(variants, "TIMED_S", 0.01)
+    monkeypatch.setattr(tune, "TIMED_S", 0.01)
 
 
 def clustered(rows: int, seed: int) -> np.ndarray:
