@@ -25,7 +25,8 @@ from pipelines.ledger import (
     place,
     read_commits,
 )
-from pipelines.storage import Store, is_temporary
+from pipelines.local_disk import is_temporary
+from pipelines.storage import Store
 from pipelines.takedowns import FOLDER
 
 DATA = ("samples", "embeddings", "translations", "rejects")

@@ -10,35 +10,31 @@ import errno
 import io
 import json
 import os
-import re
 import shutil
 import tempfile
-import uuid
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass, field
-from datetime import datetime
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import fsspec
-from fsspec.implementations.local import LocalFileSystem
 from fsspec.utils import get_protocol
 
+from pipelines import local_disk
 from pipelines.contracts import Entry
 from pipelines.errors import InputError
+from pipelines.listed import etag_of, files, plain, whole_walk
 from pipelines.retry import retrying
 from pipelines.secrets import remember
 from pipelines.stream import resuming
+from pipelines.uploads import Upload, begun
 
 LIST_THREADS = 32
-LOCAL_ATTEMPTS = 8
 SAME_ANSWERS = 3
-COPY_BYTES = 8 * 2**20
-_TEMPORARY = re.compile(r"\..+\.[0-9a-f]{12}\.tmp")
 
 
 def protocol_of(uri: str) -> str:
@@ -60,15 +56,6 @@ def whole_uri(uri: str) -> str:
 
 def is_local(uri: str) -> bool:
     return protocol_of(uri) in ("file", "local")
-
-
-@dataclass(frozen=True)
-class Upload:
-    """One that was begun. bytes: sent so far, of its first 1,000 pieces. id: the storage's own."""
-
-    path: str
-    bytes: int
-    id: str
 
 
 @dataclass(frozen=True)
@@ -161,7 +148,7 @@ class Store:
         """listed: as for `read`. Raises FileNotFoundError."""
         fs, bare = self._fs(path)
         info = retrying(lambda: fs.info(bare), f"Cannot look up {self.uri(path)}", listed)
-        return Entry(self.uri(path), int(info.get("size") or 0), _etag(info))
+        return Entry(self.uri(path), int(info.get("size") or 0), etag_of(info))
 
     def exists(self, path: str) -> bool:
         try:
@@ -177,7 +164,7 @@ class Store:
 
         def find() -> list[str]:
             try:
-                return [str(name)[start:] for name in fs.find(bare, **_whole_walk(fs))]
+                return [str(name)[start:] for name in fs.find(bare, **whole_walk(fs))]
             except (FileNotFoundError, NotADirectoryError):
                 return []
 
@@ -189,7 +176,7 @@ class Store:
 
         def find() -> list[Entry]:
             try:
-                return _files(fs, fs.find(bare, detail=True, **_whole_walk(fs)).values())
+                return files(fs, fs.find(bare, detail=True, **whole_walk(fs)).values())
             except (FileNotFoundError, NotADirectoryError):
                 return []
 
@@ -205,7 +192,7 @@ class Store:
         fs, bare = self._fs(pattern)
 
         def find() -> list[Entry]:
-            return _files(fs, fs.glob(bare, detail=True, **_whole_walk(fs)).values())
+            return files(fs, fs.glob(bare, detail=True, **whole_walk(fs)).values())
 
         return retrying(find, f"Cannot list {self.uri(pattern)}")
 
@@ -215,7 +202,7 @@ class Store:
 
         def list_folder() -> list[Entry]:
             try:
-                return _files(fs, fs.ls(bare, detail=True))
+                return files(fs, fs.ls(bare, detail=True))
             except (FileNotFoundError, NotADirectoryError):
                 return []
 
@@ -237,18 +224,18 @@ class Store:
         with ThreadPoolExecutor(LIST_THREADS) as pool:
             for folder, members in folders.items():
                 if len(members) > LIST_THREADS and get_protocol(folder) not in ("http", "https"):
-                    known |= {_plain(entry.uri): entry for entry in self._children(folder)}
+                    known |= {plain(entry.uri): entry for entry in self._children(folder)}
                 else:
                     for uri, found in zip(members, pool.map(self._stat_or_none, members), strict=True):
                         if found is not None:
-                            known[_plain(uri)] = found
-        missing = [uri for uri in uris if _plain(uri) not in known]
+                            known[plain(uri)] = found
+        missing = [uri for uri in uris if plain(uri) not in known]
         if missing:
             raise InputError(
                 f"{len(missing)} of {len(uris)} input objects do not exist: {', '.join(missing[:3])}",
                 "Check the names (a brace range names every number in it), or use a glob.",
             )
-        return [known[_plain(uri)] for uri in uris]
+        return [known[plain(uri)] for uri in uris]
 
     def _stat_or_none(self, uri: str) -> Entry | None:
         try:
@@ -262,7 +249,7 @@ class Store:
         """Bytes or a local file under its final name, whole or not at all; replaces what was there."""
         fs, bare = self._fs(path)
         if is_local(self.uri(path)):
-            retrying(lambda: _put_local(bare, data, os.replace), f"Cannot write {self.uri(path)}")
+            retrying(lambda: local_disk.put(bare, data, os.replace), f"Cannot write {self.uri(path)}")
         elif isinstance(data, bytes):
             retrying(lambda: fs.pipe_file(bare, data), f"Cannot write {self.uri(path)}")
         else:
@@ -278,7 +265,7 @@ class Store:
         def put() -> bool:
             try:
                 if is_local(self.uri(path)):
-                    _put_local(bare, data, os.link)
+                    local_disk.put(bare, data, os.link)
                 else:
                     fs.pipe_file(bare, data, mode="create")
             except FileExistsError:
@@ -298,7 +285,7 @@ class Store:
         _, bare_target = self._fs(target)
         what = f"Cannot copy {self.uri(source)} to {self.uri(target)}"
         if is_local(self.uri(target)):
-            retrying(lambda: _put_local(bare_target, Path(bare_source), os.replace), what, listed)
+            retrying(lambda: local_disk.put(bare_target, Path(bare_source), os.replace), what, listed)
         else:
             retrying(lambda: fs.cp_file(bare_source, bare_target), what, listed)
 
@@ -322,13 +309,13 @@ class Store:
         prefix = f"{prefix.rstrip('/')}/".lstrip("/")
 
         def list_all() -> list[tuple[str, int, str]]:
-            return [found for folder in folders for found in _uploads(fs, bucket, f"{prefix}{folder}/")]
+            return [each for folder in folders for each in begun(fs, bucket, f"{prefix}{folder}/")]
 
         try:
-            begun = retrying(list_all, f"Cannot list what was begun in {self.root}")
+            found = retrying(list_all, f"Cannot list what was begun in {self.root}")
         except (PermissionError, NotImplementedError):
             return []
-        return sorted((Upload(key.removeprefix(prefix), size, id) for key, size, id in begun), key=lambda it: it.path)
+        return sorted((Upload(key.removeprefix(prefix), size, id) for key, size, id in found), key=lambda it: it.path)
 
     def abort(self, uploads: Iterable[Upload]) -> None:
         """Those that are already gone are no error."""
@@ -350,114 +337,6 @@ def is_whole_json(data: bytes) -> bool:
         return isinstance(json.loads(data), dict)
     except ValueError:
         return False
-
-
-def is_temporary(path: str) -> bool:
-    """Whether this is what a put to a local disk writes before the file has its name; left by one that died."""
-    return bool(_TEMPORARY.fullmatch(path.rpartition("/")[2]))
-
-
-def _uploads(fs: Any, bucket: str, prefix: str) -> Iterator[tuple[str, int, str]]:
-    """Key, bytes and id of each, over all pages."""
-    after: dict[str, str] = {}
-    while True:
-        try:
-            page = fs.call_s3("list_multipart_uploads", Bucket=bucket, Prefix=prefix, **after)
-        except OSError as error:
-            if error.errno == errno.ENOSYS:
-                raise NotImplementedError from None
-            raise
-        for found in page.get("Uploads", []):
-            # One that ends meanwhile is none.
-            with suppress(FileNotFoundError):
-                pieces = fs.call_s3("list_parts", Bucket=bucket, Key=found["Key"], UploadId=found["UploadId"])
-                yield found["Key"], sum(piece["Size"] for piece in pieces.get("Parts", [])), found["UploadId"]
-        if not page.get("IsTruncated"):
-            return
-        after = {"KeyMarker": page["NextKeyMarker"], "UploadIdMarker": page["NextUploadIdMarker"]}
-
-
-def _plain(uri: str) -> str:
-    return uri.removeprefix("file://").removeprefix("local://")
-
-
-def _entry(fs: Any, info: dict[str, Any]) -> Entry:
-    return Entry(_plain(fs.unstrip_protocol(info["name"])), int(info.get("size") or 0), _etag(info))
-
-
-def _files(fs: Any, found: Iterable[dict[str, Any]]) -> list[Entry]:
-    """Sorted by name. A listing tells of a symbolic link itself, and of what it leads to only when asked."""
-    followed = (_followed(fs, info) if info.get("islink") else info for info in found)
-    return sorted((_entry(fs, info) for info in followed if info["type"] == "file"), key=lambda entry: entry.uri)
-
-
-def _followed(fs: Any, info: dict[str, Any]) -> dict[str, Any]:
-    try:
-        return dict(fs.info(info["name"]))
-    except OSError as error:
-        if not isinstance(error, FileNotFoundError) and error.errno != errno.ELOOP:
-            raise
-        return {**info, "type": "broken link"}
-
-
-def _whole_walk(fs: Any) -> dict[str, Any]:
-    """fsspec leaves out a local folder that it may not read; its files would be taken to have vanished."""
-    return {"on_error": _raise_unless_gone} if isinstance(fs, LocalFileSystem) else {}
-
-
-def _raise_unless_gone(error: OSError) -> None:
-    if not isinstance(error, FileNotFoundError | NotADirectoryError):
-        raise error
-
-
-def _etag(info: dict[str, Any]) -> str:
-    """A token that changes when the object does, from whatever the file system tells."""
-    for field_name in ("ETag", "etag", "md5Hash", "mtime", "LastModified", "Last-Modified", "created"):
-        value = info.get(field_name)
-        if value:
-            # Some file systems tell a time as a datetime in one call and as seconds in another.
-            return str(value.timestamp() if isinstance(value, datetime) else value).strip('"')
-    return ""
-
-
-def _put_local(target: str, data: bytes | Path, place: Callable[[str, str], None]) -> None:
-    """Again where the folder went: another attempt may be clearing it. Raises FileNotFoundError if `data` is gone."""
-    for left in reversed(range(LOCAL_ATTEMPTS)):
-        try:
-            return _put_local_once(target, data, place)
-        except FileNotFoundError:
-            if not left or (isinstance(data, Path) and not data.exists()):
-                raise
-
-
-def _put_local_once(target: str, data: bytes | Path, place: Callable[[str, str], None]) -> None:
-    """Writes beside the target under a dotted name, which no reader takes for a part, then `place`s it."""
-    folder, name = os.path.split(target)
-    _make_folder(folder)
-    temporary = os.path.join(folder, f".{name}.{uuid.uuid4().hex[:12]}.tmp")
-    try:
-        with open(temporary, "wb") as file:
-            if isinstance(data, bytes):
-                file.write(data)
-            else:
-                with data.open("rb") as source:
-                    shutil.copyfileobj(source, file, COPY_BYTES)
-            # Else a machine that loses its power may keep the name and lose the bytes.
-            file.flush()
-            os.fsync(file.fileno())
-        place(temporary, target)
-    finally:
-        with suppress(FileNotFoundError):
-            os.unlink(temporary)
-
-
-def _make_folder(folder: str) -> None:
-    """Raises: FileNotFoundError where it goes while it is made, NotADirectoryError where a file has its name."""
-    try:
-        os.makedirs(folder, exist_ok=True)
-    except FileExistsError:
-        kind = NotADirectoryError if Path(folder).is_file() else FileNotFoundError
-        raise kind(errno.ENOENT, "No such folder", folder) from None
 
 
 def scratch_folder() -> tempfile.TemporaryDirectory[str]:

@@ -17,7 +17,8 @@ from pipelines.errors import HeldError, LedgerError
 from pipelines.index.manifest import IndexShard
 from pipelines.lease import held
 from pipelines.ledger import RETIRED, list_commits, make_plan, retire, settle
-from pipelines.storage import Store, Upload
+from pipelines.storage import Store
+from pipelines.uploads import Upload
 from pipelines.verify import problems
 from pipelines.write import EmbeddingSink
 from tests.encoded import ENCODER, FAMILIES, encoded_rows

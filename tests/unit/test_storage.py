@@ -17,7 +17,7 @@ import pytest
 from moto.core import DEFAULT_ACCOUNT_ID
 from moto.s3.models import s3_backends
 
-from pipelines import storage
+from pipelines import local_disk
 from pipelines.errors import InputError
 from pipelines.storage import LIST_THREADS, Store, whole_uri
 
@@ -241,7 +241,7 @@ def test_a_uri_has_one_spelling(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
 
 
 def test_a_folder_that_another_clears_is_made_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    store, make, clearings = Store(str(tmp_path)), storage._make_folder, [3]
+    store, make, clearings = Store(str(tmp_path)), local_disk._make_folder, [3]
 
     def make_and_clear(folder: str) -> None:
         make(folder)
@@ -249,7 +249,7 @@ def test_a_folder_that_another_clears_is_made_again(tmp_path: Path, monkeypatch:
             clearings[0] -= 1
             store.delete_folder("staging")
 
-    monkeypatch.setattr(storage, "_make_folder", make_and_clear)
+    monkeypatch.setattr(local_disk, "_make_folder", make_and_clear)
     store.put_atomic("staging/shard/fragment", b"whole")
     assert store.read("staging/shard/fragment") == b"whole" and clearings == [0]
     with pytest.raises(FileNotFoundError):
