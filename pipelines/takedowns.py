@@ -11,7 +11,7 @@ import io
 import json
 import uuid
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from functools import lru_cache
@@ -262,20 +262,30 @@ def requests(store: Store) -> dict[str, bool]:
     return {id: f"{id}{_COMPACTED}" in names for id in ids}
 
 
-def read_takedowns(store: Store) -> Takedowns:
-    """One listing; what was read before is remembered in this process. Raises: LedgerError."""
-    return _loaded(store, tuple(requests(store).items()))
+def compacted(store: Store) -> tuple[str, ...]:
+    """Requests of which no part has a sample any more, oldest first."""
+    return tuple(id for id, is_compacted in requests(store).items() if is_compacted)
 
 
-@lru_cache(maxsize=2)
+def read_takedowns(store: Store, but: Collection[str] = ()) -> Takedowns:
+    """One listing; what was read before is remembered in this process. but: requests that are left out.
+
+    Raises: LedgerError.
+    """
+    return _loaded(store, tuple(item for item in requests(store).items() if item[0] not in but))
+
+
+@lru_cache(maxsize=4)
 def _loaded(store: Store, known: tuple[tuple[str, bool], ...]) -> Takedowns:
-    tables = [(_read(store, id), compacted) for id, compacted in known]
+    tables = [(_read(store, id), is_compacted) for id, is_compacted in known]
     table = pa.concat_tables([TOMBSTONE.empty_table(), *(table.replace_schema_metadata() for table, _ in tables)])
     keys = _numbers(table["key"])
     order = np.argsort(keys, kind="stable")
     shards = table["shard"].to_pylist()
     named = zip(shards, table["version"].to_pylist(), strict=True)
-    waiting = np.repeat([not compacted for _, compacted in tables], [len(table) for table, _ in tables]).astype(bool)
+    waiting = np.repeat([not is_compacted for _, is_compacted in tables], [len(table) for table, _ in tables]).astype(
+        bool
+    )
     return Takedowns(
         marks=Marks(_salt(store) if known else b""),
         places=_places(f"{shard}.{version}" for shard, version in named)[order],

@@ -27,7 +27,7 @@ from pipelines.lease import held
 from pipelines.ledger import finish as finish_begun
 from pipelines.record import read_record
 from pipelines.storage import Store
-from pipelines.takedowns import read_takedowns
+from pipelines.takedowns import compacted, read_takedowns
 
 
 def build_index(
@@ -56,14 +56,15 @@ def build_index(
         return parts
 
     drop_removed(store, progress, lambda: make_plan(listed(), settings))
-    parts = listed()
+    # Before the parts are listed, which then hold nothing of these.
+    dropped, parts = compacted(store), listed()
     if latest and not force and is_current(latest, parts, settings, fingerprint):
         progress(f"{latest.folder} is up to date: the same parts and settings (--force builds it again)")
         return settle(store, latest, settings, progress)
     plan = make_plan(parts, settings)
     with attempt_at(store, encoder, modality, digest_of(plan, settings, fingerprint), progress) as attempt:
         require_room(plan, attempt)
-        build = Build(attempt, encoder, modality, plan, settings)
+        build = Build(attempt, encoder, modality, plan, settings, dropped)
         return build_and_settle(build, kept_id_space(latest, parts, progress), fingerprint, progress, timed)
 
 

@@ -48,12 +48,11 @@ def choose_key(rows: int, dim: int, shards: int, settings: IndexConfig, largest:
     which is never cut. Raises: ConfigError, IndexBuildError where nothing fits.
     """
     budget, largest = parse_bytes(settings.shard_memory), largest or ceil(rows / shards)
-    whole = f"{budget * rows // largest}B"
-    keys = [settings.index_key] if settings.index_key else get_optimal_index_keys_v2(rows, dim, whole)
+    keys = [settings.index_key] if settings.index_key else _keys(rows, dim, largest, settings)
     if not keys:
         raise IndexBuildError(
             f"No index of {rows:,} vectors of {dim} dimensions fits {shards} × {settings.shard_memory}",
-            "Raise index.shard_memory or index.shards.",
+            "Raise index.shard_memory, or index.shards (there are no more of them than parts).",
         )
     empty_index(keys[0], dim, settings.metric)
     _require_known_kind(keys[0])
@@ -132,13 +131,15 @@ def shard_count(parts: Parts, settings: IndexConfig) -> int:
     """Index shards aimed at, never more than parts that hold something.
 
     Where they are not counted out: one per 10 million vectors, or as many more as the memory of each asks for. That
-    is known of a key that was named; one that autofaiss chooses is chosen so that it fits.
+    is known of a key that was named; one that autofaiss chooses is chosen so that it fits, once any does.
     """
     most = sum(part.rows > 0 for part in parts.ranges)
     if settings.shards != "auto":
         return min(settings.shards, most)
     least = min(ceil(parts.rows / VECTORS_PER_SHARD), most)
-    return _fitting(settings.index_key, parts, settings, least, most) if settings.index_key else least
+    if settings.index_key:
+        return _fitting(settings.index_key, parts, settings, least, most)
+    return _choosable(parts, settings, least, most)
 
 
 def _fitting(key: str, parts: Parts, settings: IndexConfig, least: int, most: int) -> int:
@@ -151,6 +152,26 @@ def _fitting(key: str, parts: Parts, settings: IndexConfig, least: int, most: in
         n for n in range(start, most) if shard_bytes(key, largest_rows(parts, cut(parts, n)), parts.dim) <= budget
     )
     return next(fitting, most)
+
+
+def _choosable(parts: Parts, settings: IndexConfig, least: int, most: int) -> int:
+    """`least` doubled until autofaiss has a key that fits the memory of each index shard; else `most`."""
+    count = max(1, least)
+    while count < most and not _fits(parts, largest_rows(parts, cut(parts, count)), settings):
+        count = min(2 * count, most)
+    return min(count, most)
+
+
+def _fits(parts: Parts, largest: int, settings: IndexConfig) -> bool:
+    """Whether autofaiss has a key, and its index shards of so many vectors are as small as it took them to be."""
+    keys = _keys(parts.rows, parts.dim, largest, settings)
+    return bool(keys) and shard_bytes(keys[0], largest, parts.dim) <= parse_bytes(settings.shard_memory)
+
+
+def _keys(rows: int, dim: int, largest: int, settings: IndexConfig) -> list[str]:
+    """autofaiss's, best first, of an index of `rows` vectors of which each index shard, the largest of `largest`, is
+    within the memory for one."""
+    return list(get_optimal_index_keys_v2(rows, dim, f"{parse_bytes(settings.shard_memory) * rows // largest}B"))
 
 
 def largest_rows(parts: Parts, runs: Sequence[range]) -> int:

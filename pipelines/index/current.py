@@ -15,11 +15,13 @@ POINTER, PUBLISHED = "CURRENT", "published"
 class Publication(BaseModel):
     """Why a release is, was or will in a moment be the current one. before: the one that was so until then.
 
-    withdrawn: an older one has taken its place again, so that it does not come back by itself.
+    withdrawn: an older one has taken its place again, so that it does not come back by itself. floor: of recall@10,
+    that it was accepted with, where it was published by hand.
     """
 
     before: str | None = None
     withdrawn: bool = False
+    floor: float | None = None
 
 
 def point_at(store: Store, folder: str, version: str) -> None:
@@ -53,6 +55,12 @@ def swap(store: Store, folder: str, version: str) -> None:
         known = publication(store, folder, current) or Publication()
         _note(store, folder, current, known.model_copy(update={"withdrawn": True}))
     store.put_atomic(f"{folder}/{POINTER}", version.encode())
+
+
+def note_floor(store: Store, folder: str, version: str, floor: float) -> None:
+    """That a release was accepted with this floor, which what grows from it is held to as well."""
+    known = publication(store, folder, version) or Publication()
+    _note(store, folder, version, known.model_copy(update={"floor": floor}))
 
 
 def publication(store: Store, folder: str, version: str) -> Publication | None:

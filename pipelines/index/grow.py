@@ -1,4 +1,4 @@
-"""An update: the newest release's index shards as they are, and new ones, or the last anew, for what has come since."""
+"""An update: the current release's index shards as they are, and new ones, or the last anew, for what came since."""
 
 from __future__ import annotations
 
@@ -16,9 +16,10 @@ from pipelines.index.asked import Asked, read_asked
 from pipelines.index.attempt import Attempt, Learnt, Progress
 from pipelines.index.build import attempt_at, build_and_settle, digest_of, drop_removed, recorded_fingerprint
 from pipelines.index.choose import cut, shard_count
+from pipelines.index.current import publication
 from pipelines.index.drift import drift, warning
 from pipelines.index.files import load_index
-from pipelines.index.manifest import NEW, IndexShard, Release, Variants
+from pipelines.index.manifest import NEW, IndexShard, Release, Variants, index_folder
 from pipelines.index.measure import Answers
 from pipelines.index.measuring import K
 from pipelines.index.parts import Parts, list_grown, pick
@@ -26,7 +27,7 @@ from pipelines.index.plan import Plan
 from pipelines.index.publish import require_files
 from pipelines.index.queries import Queries
 from pipelines.index.recall import Top
-from pipelines.index.release import newest_or_none
+from pipelines.index.release import latest_or_none, newest_or_none
 from pipelines.index.removed import holds_removed
 from pipelines.index.rerank import rerank_dtype
 from pipelines.index.room import require_room
@@ -46,40 +47,56 @@ def update_index(
     progress: Progress = lambda line: None,
     timed: Timed | None = None,
 ) -> Release:
-    """The newest release with the parts that it lacks, in new index shards of the same quantiser, or in its last where
+    """The current release with the parts that it lacks, in new index shards of the same quantiser, or in its last where
     that is small; the same release where it lacks none. Every id stays; those of parts that are gone are never found
-    again.
+    again. A newer release that was rolled back, or barred, is passed over.
 
     given: index settings in place of the release's own. timed: as for a build. Reads the vectors of those parts only
     that it fills an index shard with. Raises: ConfigError for settings that only a new build can have,
     IndexBuildError where there is nothing to add to, NotPublishedError.
     """
-    base = newest_or_none(store, encoder, modality)
+    base = latest_or_none(store, encoder, modality) or newest_or_none(store, encoder, modality)
     if base is None:
         raise IndexBuildError(
             f"There is no index of {store.uri()}, {encoder}, {modality} to add to", "Run `vecmill index` first."
         )
     require_nothing_removed(store, base)
-    settings, fingerprint = settings_of(base, given), recorded_fingerprint(store, encoder)
+    settings, fingerprint = settings_of(store, base, given), recorded_fingerprint(store, encoder)
     require_same(base, settings, fingerprint)
     drop_removed(store, progress)
-    parts = list_grown(store, base.parts)
-    if parts == base.parts:
+    grown = list_grown(store, base.parts)
+    if grown == base.parts:
         progress(f"{base.folder} has all parts there are: nothing to add")
         return settle(store, base, settings, progress)
+    parts, id_space = ids_of(store, base, grown)
     asked = require_base(store, base, parts)
     plan = plan_update(base, parts, settings)
     digest = digest_of(plan, settings, fingerprint, base.version)
     with attempt_at(store, encoder, modality, digest, progress) as attempt:
         require_room(plan, attempt)
-        return build_and_settle(
-            Update(attempt, base, asked, plan, settings), base.id_space, fingerprint, progress, timed
-        )
+        return build_and_settle(Update(attempt, base, asked, plan, settings), id_space, fingerprint, progress, timed)
 
 
-def settings_of(base: Release, given: Mapping[str, Any]) -> IndexConfig:
-    """The release's own, but for those given; how many index shards is asked anew each time."""
-    return validate(IndexConfig, {**index_settings_of(base.settings), "shards": "auto", **given})
+def ids_of(store: Store, base: Release, grown: Parts) -> tuple[Parts, int | None]:
+    """The parts that are there now with their ids, and the id space that these are of, None for one of their own.
+
+    grown: those of the base, and what follows. A newer release that is passed over has given ids to parts as well: they
+    keep them, and where they cannot, since some have gone again, the ids are of no space that there was.
+    """
+    newest = newest_or_none(store, base.encoder, base.modality)
+    if newest is None or newest.version == base.version or newest.id_space != base.id_space:
+        return grown, base.id_space
+    given, known = list_grown(store, newest.parts), len(base.parts.ranges)
+    stays = given.ranges[:known] == grown.ranges[:known] and not any(part.gone for part in given.ranges[known:])
+    return (given, base.id_space) if stays else (grown, None)
+
+
+def settings_of(store: Store, base: Release, given: Mapping[str, Any]) -> IndexConfig:
+    """The release's own, with the floor that it was accepted with, but for those given; how many index shards is asked
+    anew each time."""
+    known = publication(store, index_folder(base.encoder, base.modality), base.version)
+    accepted = {"floor": known.floor} if known and known.floor is not None else {}
+    return validate(IndexConfig, {**index_settings_of(base.settings), **accepted, "shards": "auto", **given})
 
 
 def require_same(base: Release, settings: IndexConfig, fingerprint: str) -> None:
@@ -163,7 +180,7 @@ class Update(Build):
     parts, which are asked of the index shards that are filled only. So no vector of the others is read."""
 
     def __init__(self, attempt: Attempt, base: Release, asked: Asked, plan: Plan, settings: IndexConfig) -> None:
-        super().__init__(attempt, base.encoder, base.modality, plan, settings)  # type: ignore[arg-type]
+        super().__init__(attempt, base.encoder, base.modality, plan, settings, base.dropped)  # type: ignore[arg-type]
         self.base, self.asked = base, asked
         refilled = any(run.start < plan.standing for run in plan.runs)
         self.kept_shards = base.shards[:-1] if refilled else base.shards

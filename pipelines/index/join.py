@@ -15,12 +15,13 @@ from pipelines.errors import IndexBuildError
 from pipelines.index.files import sha256_of
 from pipelines.index.manifest import MERGED, IndexShard, KeptFile, Merged, Release
 from pipelines.index.release import merged_files
-from pipelines.index.room import require_free_disk
+from pipelines.index.room import require_free_disks
 from pipelines.index.selection import Selection, standing
 from pipelines.index.train import available_bytes
 from pipelines.index.tune import apply
 from pipelines.lease import held
-from pipelines.storage import COPY_BYTES, Store, scratch_folder
+from pipelines.local_disk import COPY_BYTES
+from pipelines.storage import Store, scratch_folder
 
 FILE, LISTS = "merged.faiss", "merged.ivfdata"
 
@@ -42,8 +43,8 @@ def join(store: Store, release: Release, say: Say = lambda line: None) -> None:
     whole = sum(shard.bytes for shard in release.shards)
     with held(store, f"index/merge.{uuid.uuid4().hex[:12]}", "index", say=say), scratch_folder() as folder:
         scratch = Path(folder)
-        require_free_disk(scratch, 2 * whole)
         among = standing(release.parts)
+        require_disks(scratch, store.local_path(release.folder), whole, some_gone=among is not None)
         files = [_fetched(store, release, shard, among, scratch) for shard in release.shards]
         index = _joined(files, store, release, whole, scratch)
         apply(index, release.search_params)
@@ -52,6 +53,16 @@ def join(store: Store, release: Release, say: Say = lambda line: None) -> None:
         del index
         _put(store, release, [scratch / name for name in (LISTS, FILE) if (scratch / name).exists()])
     say(f"{target}: {count:,} vectors of {len(files)} index shards")
+
+
+def require_disks(scratch: Path, output: Path | None, whole: int, some_gone: bool) -> None:
+    """output: the release's folder, None where it is in other storage, from which index shards are copied first.
+    whole: bytes of all of them, which are written again where some of their vectors are gone.
+
+    Raises: DiskFullError.
+    """
+    copies = 1 + (output is None) + some_gone
+    require_free_disks({scratch: copies * whole, **({output: whole} if output else {})})
 
 
 def _stands(store: Store, release: Release) -> bool:

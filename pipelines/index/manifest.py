@@ -180,6 +180,7 @@ class Release(BaseModel):
     round_trips: sampled ids that led back to part, row and key, and to the very vector that was indexed.
     trained: the empty index that every index shard started from. asked: what recall was measured with.
     grown_from: the release whose index shards are in it. drift: of what was added to them.
+    dropped: requests for takedowns that no part held anything of any more when it was built, nor therefore does it.
     variants: other keys, compared on a sample. latency: of the search client, by what it is asked for.
     """
 
@@ -211,6 +212,7 @@ class Release(BaseModel):
     trained: KeptFile | None = None
     asked: KeptFile | None = None
     grown_from: str | None = None
+    dropped: tuple[str, ...] = ()
     drift: Drift | None = None
     batch_query_ms: float = 0.0
     variants: Variants | None = None

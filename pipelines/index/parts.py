@@ -306,6 +306,8 @@ def pick(parts: Parts, count: int, seed: int) -> list[Ids]:
     sample alone, and gives the same for the same seed and parts.
     """
     count = min(count, parts.rows)
+    if not count:
+        return [np.empty(0, np.int64)] * len(parts.ranges)
     shift = np.random.default_rng([seed, 0]).random()
     ends = np.cumsum([part.rows for part in parts.ranges]).tolist()
     bounds = [0, *(int(end * count / parts.rows + shift) for end in ends)]

@@ -11,7 +11,15 @@ from dataclasses import dataclass
 
 from pipelines.config import WriteConfig
 from pipelines.errors import IndexBuildError, VecmillError
-from pipelines.index.current import POINTER, current_version, point_at, previous_version, publication, swap
+from pipelines.index.current import (
+    POINTER,
+    current_version,
+    note_floor,
+    point_at,
+    previous_version,
+    publication,
+    swap,
+)
 from pipelines.index.manifest import MANIFEST, Release, index_folder
 from pipelines.index.release import read_release
 from pipelines.index.removed import holds_removed
@@ -49,10 +57,12 @@ def publish(store: Store, release: Release, floor: float, keep: int, say: Say = 
     """Makes a release the current one, if nothing bars it, and deletes all older ones but `keep`, and of these too
     what holds vectors of samples that were taken down.
 
-    floor: for recall@10, re-ranked. Raises: NotPublishedError, and IndexBuildError where files of it are missing.
+    floor: for recall@10, re-ranked, noted for what grows from it. Raises: NotPublishedError, and IndexBuildError where
+    files of it are missing.
     """
     require_publishable(store, release, floor)
     make_current(store, release, keep, say)
+    note_floor(store, index_folder(release.encoder, release.modality), release.version, floor)
 
 
 def require_publishable(store: Store, release: Release, floor: float) -> None:
@@ -195,12 +205,14 @@ def _of_counts(store: Store, release: Release, committed: Committed) -> Iterator
 
 
 def too_old(store: Store, folder: str, keep: int) -> list[str]:
-    """Releases to delete: older than the current one and than the `keep` before it; never the way back."""
+    """Releases to delete: older than the current one and than the `keep` before it; never the way back, and what was
+    never published before what was."""
     current, before = current_version(store, folder), previous_version(store, folder)
     if current is None:
         return []
     older = [version for version in finished(store, folder) if number_of(version) < number_of(current)]
     spare = [version for version in older if version != before]
+    spare.sort(key=lambda version: publication(store, folder, version) is not None)
     kept = keep - (before in older)
     return spare[: len(spare) - kept] if kept > 0 else spare
 

@@ -9,6 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from pipelines.config import IndexConfig
+from pipelines.contracts import Modality
 from pipelines.index.parts import Ids, NoVectorsError, Parts, Vectors, embeddings_folder, list_parts, pick, shard_of
 from pipelines.index.train import Draw, read_picked
 from pipelines.storage import Store
@@ -71,18 +72,26 @@ def split_sample(chunks: Iterable[Vectors], drawn: Draw, dim: int) -> tuple[Vect
     return sample, queries
 
 
-def caption_queries(store: Store, encoder: str, images: Parts, settings: IndexConfig) -> Vectors | None:
-    """float32 [n, dim] captions of the indexed shards, drawn like the rest; None where the output has none."""
+ACROSS: dict[str, Modality] = {"image": "text", "text": "image"}
+"""What else an index is asked with: captions look for images, and images for captions."""
+
+
+def queries_across(
+    store: Store, encoder: str, modality: Modality, indexed: Parts, settings: IndexConfig
+) -> dict[str, Vectors]:
+    """float32 [n, dim] of the other modality, of the indexed shards, drawn like the rest; empty where there are none.
+
+    indexed: parts of `modality`.
+    """
+    other = ACROSS.get(modality)
     try:
-        texts = list_parts(store, embeddings_folder(encoder, "text"))
+        parts = list_parts(store, embeddings_folder(encoder, other)) if other else None
     except NoVectorsError:
-        return None
-    if texts.dim != images.dim:
-        return None
-    indexed = {shard_of(part.name) for part in images.ranges}
-    theirs = tuple(part for part in texts.ranges if shard_of(part.name) in indexed)
-    texts = texts.model_copy(update={"ranges": theirs})
-    if not texts.rows:
-        return None
-    picked = pick(texts, settings.recall_queries, settings.seed)
-    return read_picked(store, texts, picked) if any(map(len, picked)) else None
+        return {}
+    if other is None or parts is None or (parts.dim, parts.count) != (indexed.dim, indexed.count):
+        return {}
+    shards = {shard_of(part.name) for part in indexed.ranges}
+    theirs = tuple(part for part in parts.ranges if shard_of(part.name) in shards)
+    parts = parts.model_copy(update={"ranges": theirs})
+    picked = pick(parts, settings.recall_queries, settings.seed)
+    return {other: read_picked(store, parts, picked)} if any(map(len, picked)) else {}

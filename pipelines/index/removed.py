@@ -54,7 +54,7 @@ def holds_removed(store: Store, release: Release) -> bool:
     Such a vector lies in a part that still holds it, or that a compaction, or a change of its input, has done away
     with since.
     """
-    known, parts = read_takedowns(store), release.parts
+    known, parts = read_takedowns(store, but=release.dropped), release.parts
     there, gone = _touched(store, parts, known)
     return bool(gone) or any(map(len, _waiting(store, parts, there, known)))
 

@@ -47,14 +47,20 @@ def require_disks(plan: Plan, output: Path | None, nodes: int = 1, there: int = 
     bytes of the output that are in their place already. cpus: of one node, each of which may be filling at once."""
     needed: dict[Path, int] = {}
     if output is not None:
-        needed[_standing(output)] = max(0, plan.output_bytes - there)
+        needed[output] = max(0, plan.output_bytes - there)
     if nodes == 1:
         scratch = Path(tempfile.gettempdir())
         at_once = max(1, min(len(plan.runs), cpus))
         needed[scratch] = needed.get(scratch, 0) + at_once * plan.scratch_bytes
-    for folder in needed:
+    require_free_disks(needed)
+
+
+def require_free_disks(needed: dict[Path, int]) -> None:
+    """needed: bytes that get into each folder; several may be on one disk. Raises: DiskFullError."""
+    standing = [(_standing(folder), size) for folder, size in needed.items()]
+    for folder, _ in standing:
         device = folder.stat().st_dev
-        require_free_disk(folder, sum(size for other, size in needed.items() if other.stat().st_dev == device))
+        require_free_disk(folder, sum(size for other, size in standing if other.stat().st_dev == device))
 
 
 def _standing(folder: Path) -> Path:

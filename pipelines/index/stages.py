@@ -28,7 +28,7 @@ from pipelines.index.measure import Answers, require_whole
 from pipelines.index.measuring import K, Measuring, Tuned
 from pipelines.index.parts import Ids, Parts, Vectors, pick
 from pipelines.index.plan import Plan
-from pipelines.index.queries import Queries, caption_queries, split_sample
+from pipelines.index.queries import Queries, queries_across, split_sample
 from pipelines.index.recall import Top, empty_top, merge
 from pipelines.index.report import markdown
 from pipelines.index.rerank import learn_coding
@@ -41,10 +41,18 @@ Timed = Callable[[Store, Release], dict[str, Latency]]
 
 
 class Build:
-    """One attempt at a release: its place, its plan, and what its stages took."""
+    """One attempt at a release: its place, its plan, and what its stages took. dropped: as of the release."""
 
-    def __init__(self, attempt: Attempt, encoder: str, modality: Modality, plan: Plan, settings: IndexConfig) -> None:
-        self.attempt, self.encoder, self.modality = attempt, encoder, modality
+    def __init__(
+        self,
+        attempt: Attempt,
+        encoder: str,
+        modality: Modality,
+        plan: Plan,
+        settings: IndexConfig,
+        dropped: tuple[str, ...] = (),
+    ) -> None:
+        self.attempt, self.encoder, self.modality, self.dropped = attempt, encoder, modality, dropped
         self.store, self.version, self.folder = attempt.store, attempt.version, attempt.folder
         self.plan, self.settings = plan, settings
         self.seconds: dict[str, float] = {}
@@ -91,6 +99,7 @@ class Build:
             made=f"{datetime.now(UTC):%Y-%m-%d %H:%M:%S} UTC",
             bytes_per_vector=bytes_per_vector(shards),
             trained=learnt.trained,
+            dropped=self.dropped,
             asked=keep_asked(self.store, self.folder, self.kept(asked)),
             variants=variants,
             **self.grown(learnt, queries, progress),
@@ -129,11 +138,8 @@ class Build:
         drawn = self.plan.draw
         progress(f"reading {len(drawn.train):,} vectors to train on and {len(drawn.queries):,} to ask for")
         sample, own = split_sample(self.read_at(drawn.positions), drawn, self.plan.parts.dim)
-        captions = caption_queries(self.store, self.encoder, self.plan.new_parts, self.settings)
-        kinds: dict[str, Vectors] = {self.modality: own}
-        if self.modality == "image" and captions is not None:
-            kinds["text"] = captions
-        return sample, Queries(kinds, drawn.ids(self.plan.parts)[drawn.queries])
+        across = queries_across(self.store, self.encoder, self.modality, self.plan.new_parts, self.settings)
+        return sample, Queries({self.modality: own, **across}, drawn.ids(self.plan.parts)[drawn.queries])
 
     def read_at(self, positions: Sequence[Ids]) -> Iterator[Vectors]:
         """float32 [n, dim] of each run of parts, whose sorted positions of each part are given."""

@@ -22,7 +22,18 @@ from pipelines.like import examples
 from pipelines.queries import Query
 from pipelines.search import Searcher, choose_encoder
 from pipelines.storage import Store
-from tests.indexed import ENCODER, caption_of, everything, key_of, part_name, shard_id, write_output, write_shard
+from tests.indexed import (
+    ENCODER,
+    caption_of,
+    everything,
+    key_of,
+    part_name,
+    shard_id,
+    write_images,
+    write_output,
+    write_run,
+    write_shard,
+)
 from tests.unit.index.test_parts import FOLDER
 from tests.unit.index.test_release import release
 
@@ -113,12 +124,14 @@ def write_release(
     return build_release(root, shards, metric, dim, encoder)
 
 
-def build_release(root: Path, shards: int = 2, metric: str = "ip", dim: int = 16, encoder: str = ENCODER) -> Store:
-    """A release, of the images that an output has, in which every search is exact."""
+def build_release(
+    root: Path, shards: int = 2, metric: str = "ip", dim: int = 16, encoder: str = ENCODER, key: str = "Flat"
+) -> Store:
+    """A release, of the images that an output has, in which every search is exact where the key leaves it so."""
     store = Store(str(root))
     listed = list_parts(store, embeddings_folder(encoder, "image"))
-    faiss.write_index(train("Flat", metric, np.empty((0, dim), np.float32), dim), str(root / "trained.faiss"))
-    made = release("v0001").model_copy(update={"encoder": encoder, "metric": metric, "parts": listed})
+    faiss.write_index(train(key, metric, np.empty((0, dim), np.float32), dim), str(root / "trained.faiss"))
+    made = release("v0001").model_copy(update={"encoder": encoder, "metric": metric, "parts": listed, "index_key": key})
     none = np.empty((0, dim), np.float32)
     runs = [listed.run(run.start, run.stop) for run in cut(listed, shards)]
     filled = [
@@ -129,11 +142,11 @@ def build_release(root: Path, shards: int = 2, metric: str = "ip", dim: int = 16
     return store
 
 
-def replace_shard(root: Path, at: int) -> None:
-    """As an embed run does with a shard that changed: the new part is there, the old one is not."""
+def replace_shard(root: Path, at: int, old: str | None = None) -> None:
+    """As an embed run does with a shard that changed: the new part is there, the old one (its name) is not."""
     for folder in (FOLDER, FOLDER.replace("image", "text"), "samples"):
-        (root / folder / part_name(at)).unlink()
-    write_shard(root, at, 50, 16, 99, "float16", ENCODER, 64, generation=1)
+        (root / folder / (old or part_name(at))).unlink()
+    write_shard(root, at, 50, 16, 99, "float16", ENCODER, 64, generation=2 if old else 1)
 
 
 def test_exact_search_compares_with_every_vector_there_is_now(tmp_path: Path) -> None:
@@ -273,3 +286,17 @@ def test_folding_ends_and_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     (row,) = searcher.search(np.ones((1, 16), np.float32), 5, said.append, fold=-1.0)
     assert len(row) == 1 and len(row[0].folded) == 49
     assert said == ["Only the 50 nearest were looked at: all others of them repeat those shown."]
+
+
+def test_pages_of_a_graph_neither_overlap_nor_leave_anything_out(tmp_path: Path) -> None:
+    """How far FAISS looks in one depends on efSearch alone, not on how many it is asked for."""
+    random = np.random.default_rng(0)
+    write_images(tmp_path, 0, random.normal(size=(2_000, 32)))
+    write_run(Store(str(tmp_path)), ENCODER, 32, "float16")
+    searcher = Searcher(build_release(tmp_path, shards=1, dim=32, key="HNSW16"), params="efSearch=32")
+    queries = random.normal(size=(50, 32)).astype(np.float32)
+    pages = [searcher.search(queries, 5, offset=5 * page) for page in range(5)]
+    listed = [[hit.id for page in pages for hit in page[at]] for at in range(len(queries))]
+    assert listed == searcher.nearest(queries, 25).ids.tolist()
+    exact = Searcher(searcher.store, exact=True).nearest(queries, 25).ids.tolist()
+    assert listed != exact, "it does not look at everything"

@@ -127,3 +127,16 @@ def test_memory_says_how_many_index_shards_a_key_needs() -> None:
         assert shard_count(parts, settings) == count
     assert shard_count(parts, settings.model_copy(update={"shards": 3})) == 3, "a number that is given stands"
     assert shard_count(parts.run(0, 0), settings) == 0, "an update may have nothing but what is gone"
+
+
+@pytest.mark.parametrize("budget", ["4G", "200K", "60K"])
+def test_memory_says_how_many_index_shards_autofaiss_needs_for_a_key(budget: str) -> None:
+    parts, settings = of_rows(*[1_000] * 40), IndexConfig(shard_memory=budget)
+    plan = make_plan(parts, settings)
+    assert shard_bytes(plan.key, largest_rows(parts, plan.runs), parts.dim) <= parse_bytes(budget)
+    assert (len(plan.runs) == 1) == (budget == "4G")
+
+
+def test_where_more_index_shards_do_not_help_that_is_said() -> None:
+    with pytest.raises(IndexBuildError, match=r"(?s)fits 40 × 1K.*no more of them than parts"):
+        make_plan(of_rows(*[1_000] * 40), IndexConfig(shard_memory="1K"))

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from pipelines.errors import IndexBuildError
-from pipelines.index.join import FILE, LISTS, join
+from pipelines.index.join import FILE, LISTS, join, require_disks
 from pipelines.index.manifest import TRAINED, KeptFile, Release
 from pipelines.index.parts import Parts
 from pipelines.index.probe import Opening, probe
@@ -161,3 +161,15 @@ def test_the_files_are_verified_like_the_others_and_made_again_where_they_are_no
     assert f"{LISTS} is missing or of another size" in line
     join(built.store, made, said.append)
     assert "is there already" not in said[-1] and told() == [] and lists.read_bytes() == whole
+
+
+@pytest.mark.parametrize(("remote", "some_gone", "copies"), [(False, False, 2), (True, False, 2), (True, True, 3)])
+def test_a_disk_without_room_is_told_before_anything_is_written(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, remote: bool, some_gone: bool, copies: int
+) -> None:
+    """Of a local release on the same disk, the merged file is there twice for a moment."""
+    output, free = None if remote else tmp_path / "v0001", 1_000 * copies
+    monkeypatch.setattr("shutil.disk_usage", lambda folder: type("Usage", (), {"free": free}))
+    require_disks(tmp_path, output, 1_000, some_gone)
+    with pytest.raises(IndexBuildError, match=rf"needs about {free + copies:,} bytes"):
+        require_disks(tmp_path, output, 1_001, some_gone)

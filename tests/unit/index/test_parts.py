@@ -172,3 +172,8 @@ def test_storage_that_fails_is_no_damaged_part(tmp_path: Path) -> None:
     parts = list_parts(write_output(tmp_path, parts=1), FOLDER)
     with pytest.raises(StorageError, match="503"):
         list(batches(Failing(str(tmp_path)), parts))
+
+
+def test_of_parts_without_a_vector_none_is_picked() -> None:
+    """A shard of nothing but rejects has a part all the same."""
+    assert [positions.tolist() for positions in pick(of_rows(0, 0), 10, 3)] == [[], []]

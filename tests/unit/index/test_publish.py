@@ -176,7 +176,7 @@ def test_missing_files_bar_publishing_and_going_back(store: Store, tmp_path: Pat
     assert current_version(store, HOME) == "v0003"
 
 
-@pytest.mark.parametrize(("keep", "left"), [(1, [4, 5, 6]), (2, [3, 4, 5, 6]), (9, [1, 2, 3, 4, 5, 6])])
+@pytest.mark.parametrize(("keep", "left"), [(1, [4, 5, 6]), (2, [1, 4, 5, 6]), (9, [1, 2, 3, 4, 5, 6])])
 def test_old_releases_go_and_never_the_current_or_the_one_before(store: Store, keep: int, left: list[int]) -> None:
     for number in range(2, 7):
         another(store, f"v{number:04d}")
@@ -186,6 +186,14 @@ def test_old_releases_go_and_never_the_current_or_the_one_before(store: Store, k
     names = {name.split("/")[0] for name in store.names(HOME) if "/" in name}
     assert names == {*states(store), "published"}
     assert not [leftover for leftover in leftovers(store) if leftover.kind == "index"]
+
+
+def test_what_was_barred_goes_before_what_was_published(store: Store) -> None:
+    publish(store, another(store, "v0002"), 0.9, 9)
+    for number in range(3, 6):
+        another(store, f"v{number:04d}", recall=0.1)
+    publish(store, another(store, "v0006"), 0.9, 2)
+    assert states(store) == {"v0001": "published", "v0002": "previous", "v0006": "current"}
 
 
 def test_going_back_far_keeps_the_way_forth(store: Store) -> None:

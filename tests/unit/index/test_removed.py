@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -22,11 +23,11 @@ from pipelines.queries import Query
 from pipelines.remove import Asked, remove
 from pipelines.search import Searcher
 from pipelines.storage import Store
-from pipelines.takedowns import note_compacted, read_takedowns, requests
+from pipelines.takedowns import compacted, note_compacted, read_takedowns, requests
 from pipelines.verify import problems
 from tests import indexed
 from tests.indexed import ENCODER, everything, key_of
-from tests.unit.test_search import write_release
+from tests.unit.test_search import build_release, replace_shard, write_release
 
 ASKED = Asked([key_of(0, 3), key_of(2, 0), key_of(2, 1)])
 
@@ -78,6 +79,21 @@ def test_after_a_compaction_an_old_release_still_holds_it_and_does_not_show_it(t
     hits = Searcher(store).search(vectors, 10_000)[0]
     assert {hit.shard.split("-")[1] for hit in hits} == {"00001", "00003"}, "parts that were written again are gone"
     assert not set(ASKED.keys) & keys(store, exact=True)
+
+
+def test_a_release_that_never_held_it_is_not_suspected_when_its_parts_change(tmp_path: Path) -> None:
+    """Built once everything was compacted; later a shard changes that had once held what was taken down."""
+    store = write_release(tmp_path)
+    remove(store, ASKED, "", "")
+    compact_parts(store)
+    note_compacted(store, requests(store))
+    shutil.rmtree(tmp_path / "index")
+    clean = read_release(build_release(tmp_path), ENCODER, "image").model_copy(update={"dropped": compacted(store)})
+    replace_shard(tmp_path, 2, clean.parts.ranges[2].name)
+    assert not holds_removed(store, clean)
+    assert holds_removed(store, clean.model_copy(update={"dropped": ()}))
+    remove(store, Asked([key_of(1, 1)]), "", "")
+    assert holds_removed(store, clean), "what was taken down since"
 
 
 def test_an_update_does_not_carry_it_on(tmp_path: Path) -> None:

@@ -8,7 +8,7 @@ from pydantic import ValidationError
 from pipelines.config import IndexConfig
 from pipelines.errors import IndexBuildError
 from pipelines.index.parts import PartRange, Parts, list_parts
-from pipelines.index.queries import caption_queries, split_sample
+from pipelines.index.queries import queries_across, split_sample
 from pipelines.index.train import draw, read_picked, train
 from tests.indexed import ENCODER, everything, write_output
 from tests.unit.index.test_parts import FOLDER, of_rows
@@ -76,12 +76,11 @@ def test_training_learns_once_and_adds_nothing() -> None:
 def test_captions_are_asked_only_of_indexed_shards(tmp_path: Path) -> None:
     store = write_output(tmp_path, parts=4)
     images = list_parts(store, FOLDER)
-    found = caption_queries(store, ENCODER, images.run(1, 2), IndexConfig(recall_queries=10**6))
+    found = queries_across(store, ENCODER, "image", images.run(1, 2), IndexConfig(recall_queries=10**6))
     items, vectors = everything(tmp_path, "text")
     indexed = [at for at, item in enumerate(items) if item.shard.startswith("photos-00001")]
-    assert found is not None
-    np.testing.assert_array_equal(found, vectors[indexed])
-    assert caption_queries(store, "absent", images, IndexConfig()) is None
+    np.testing.assert_array_equal(found["text"], vectors[indexed])
+    assert queries_across(store, "absent", "image", images, IndexConfig()) == {}
 
 
 def test_gpus_find_the_clusters_where_there_are_any(monkeypatch: pytest.MonkeyPatch) -> None:
