@@ -5,6 +5,7 @@ from pathlib import Path
 import pytest
 
 from pipelines.config import IndexConfig
+from pipelines.index.build import recorded_fingerprint
 from pipelines.index.grow import ids_of, plan_update, settings_of, update_index
 from pipelines.index.manifest import MANIFEST, Release
 from pipelines.index.parts import list_grown
@@ -20,10 +21,9 @@ from tests.unit.test_search import write_release
 def store(tmp_path: Path) -> Store:
     """An output of four parts with the release v0001, published."""
     made = write_release(tmp_path)
+    told = {"settings": IndexConfig().model_dump(mode="json"), "fingerprint": recorded_fingerprint(made, ENCODER)}
     path = tmp_path / first(made).folder / MANIFEST
-    path.write_text(
-        first(made).model_copy(update={"settings": IndexConfig().model_dump(mode="json")}).model_dump_json()
-    )
+    path.write_text(first(made).model_copy(update=told).model_dump_json())
     return made
 
 
