@@ -10,7 +10,7 @@ import pytest
 ROOT = Path(__file__).parents[2]
 LAYERS = [
     {"errors", "contracts", "observe", "secrets"},
-    {"config", "retry", "stream"},
+    {"config", "listed", "local_disk", "retry", "stream", "uploads"},
     {"storage"},
     {"fragments", "ledger", "lease", "record", "takedowns"},
     {"sources", "encoders", "scenes", "families"},
