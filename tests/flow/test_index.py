@@ -113,7 +113,7 @@ def test_the_release_is_whole(output: Path, release: Release) -> None:
     assert read_release(Store(str(output)), ENCODER, "text") == release
     assert release.search_params.startswith("nprobe=")
     figures = release.recall.figures["text"]
-    assert release.recall.queries == {"text": 100} and 0 < figures["recall@100"] <= 1
+    assert release.recall.queries == {"text": 100, "image": 100} and 0 < figures["recall@100"] <= 1
     assert set(release.seconds) == set(release.peak_mib) == {"read", "train", "add", "tune", "recall"}
     assert not [path for path in (output / "staging").rglob("*") if path.is_file()]
     files = sorted(path.name for path in (output / release.folder).iterdir())
