@@ -8,7 +8,17 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from jobs.console import err, out
-from jobs.options import AsJson, EncoderFolder, OutputArgument, named_output
+from jobs.options import (
+    DEFAULT_CACHE,
+    DEFAULT_CACHE_SIZE,
+    AsJson,
+    CacheFlag,
+    CacheSize,
+    EncoderFolder,
+    OutputArgument,
+    cache_of,
+    named_output,
+)
 from pipelines.errors import ConfigError
 from pipelines.search import choose_encoder
 
@@ -70,6 +80,8 @@ def evaluate(
     no_index: Exactly = False,
     memory: Memory = 1024,
     seed: Seed = 0,
+    cache: CacheFlag = DEFAULT_CACHE,
+    cache_size: CacheSize = DEFAULT_CACHE_SIZE,
     as_json: AsJson = False,
 ) -> None:
     """How well images find their captions, captions their images, and images others of their label.
@@ -94,6 +106,7 @@ def evaluate(
         index=not no_index,
         seed=seed,
         room=Room(memory),
+        cache=cache_of(cache, cache_size),
     )
     document = evaluate_output(named.store, folder, asked, lambda line: err.print(line, markup=False))
     if as_json:

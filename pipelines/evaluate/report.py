@@ -19,6 +19,7 @@ from pipelines.evaluate.pages import markup, page, shown
 from pipelines.evaluate.retrieval import kept_at, require_comparable
 from pipelines.evaluate.statistics import CAPTIONS, SIDES, WORDS, Statistics, statistics
 from pipelines.evaluate.thumbnails import samples_at, thumbnails
+from pipelines.index.cache import Cache
 from pipelines.index.manifest import Release
 from pipelines.index.parts import open_part
 from pipelines.index.recall import DEPTHS
@@ -41,10 +42,11 @@ METRICS = "metrics.json"
 """That a training job writes."""
 
 
-def report(store: Store, folder: str = "report", seed: int = 0) -> dict[str, Any]:
+def report(store: Store, folder: str = "report", seed: int = 0, cache: Cache | None = None) -> dict[str, Any]:
     """Writes `report.html`, which loads nothing from anywhere, and `report.json`; returns what the latter holds.
 
-    Memory: a part of samples or rejects, a batch of vectors, and an index shard. Nothing is embedded.
+    Memory: a part of samples or rejects, a batch of vectors, and an index shard. Nothing is embedded. cache: of files
+    of the index, as `Searcher` takes it.
     """
     record = read_record(store)
     told = statistics(store)
@@ -83,7 +85,7 @@ def report(store: Store, folder: str = "report", seed: int = 0) -> dict[str, Any
         rejects=[each for encoder, reasons in rejects.items() for each in _rejects(store, encoder, reasons)],
         stages=_stages(runs),
         run_rows=[_run_row(run) for run in runs],
-        encoders=[_card(store, encoder, each, document, seed) for encoder, each in record.encoders.items()],
+        encoders=[_card(store, encoder, each, document, seed, cache) for encoder, each in record.encoders.items()],
         data_charts=_data_charts(told),
         labels=[[label, f"{count:,}"] for label, count in document["labels"].items()],
     )
@@ -183,13 +185,15 @@ def _run_row(run: dict[str, Any]) -> list[str]:
     return [run["run"], f"{run.get('shards', {}).get('done_now', 0):,}", f"{rows:,.0f}", f"{seconds:,.1f}", rate]
 
 
-def _card(store: Store, encoder: str, record: EncoderRecord, document: dict[str, Any], seed: int) -> dict[str, Any]:
+def _card(
+    store: Store, encoder: str, record: EncoderRecord, document: dict[str, Any], seed: int, cache: Cache | None
+) -> dict[str, Any]:
     return {
         "name": encoder,
         "facts": _facts(record),
         "quality": [_quality(result) for result in document["evaluations"].get(encoder, {}).get("results", [])],
         "indexes": [_index(release) for release in _releases(store, encoder, record)],
-        "searches": list(_searches(store, encoder, record, seed)),
+        "searches": list(_searches(store, encoder, record, seed, cache)),
         "training": _training(history) if (history := document["training"].get(encoder)) else None,
     }
 
@@ -301,25 +305,27 @@ def _curve(release: Release) -> Any:
         return markup(svg(drawn, "recall against latency"))
 
 
-def _searches(store: Store, encoder: str, record: EncoderRecord, seed: int) -> Iterator[dict[str, Any]]:
+def _searches(
+    store: Store, encoder: str, record: EncoderRecord, seed: int, cache: Cache | None
+) -> Iterator[dict[str, Any]]:
     """With vectors that are stored: images find others; captions find images, their own framed."""
     if "image" not in record.modalities:
         return
     for asks in record.modalities:
         try:
             require_comparable(store, encoder, asks, "image")
-            yield _search(store, encoder, asks, seed)
+            yield _search(store, encoder, asks, seed, cache)
         except VecmillError:
             # An output without vectors, of several vectors an item, or of another space has no such search.
             continue
 
 
-def _search(store: Store, encoder: str, asks: Modality, seed: int) -> dict[str, Any]:
+def _search(store: Store, encoder: str, asks: Modality, seed: int, cache: Cache | None) -> dict[str, Any]:
     asking = stored(store, encoder, asks, Groups(store))
     ids, _ = draw(asking, SEARCHES, seed)
     queries = collect(asking, ids, 2**14)
     release = latest_or_none(store, encoder, "image")
-    searcher = Searcher(store, encoder, "image", exact=release is None, resident=False)
+    searcher = Searcher(store, encoder, "image", exact=release is None, resident=False, cache=cache)
     asked = trace_parts(store, asking.parts, ids.tolist())
     answers = searcher.search(queries.vectors, HITS + 1)
     rows = [_answer(store, asks, *each) for each in zip(asked, answers, strict=True)]

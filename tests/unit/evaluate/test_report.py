@@ -23,6 +23,7 @@ from pipelines.evaluate.map import coloured, draw_map, positions
 from pipelines.evaluate.report import report
 from pipelines.evaluate.retrieval import Asked, evaluate
 from pipelines.evaluate.statistics import statistics
+from pipelines.index.cache import Cache
 from pipelines.index.manifest import CurvePoint, Recall
 from pipelines.index.release import read_release
 from pipelines.record import read_record
@@ -30,6 +31,8 @@ from pipelines.storage import Store
 from tests.indexed import ENCODER, caption_of, captions_of, everything, write_output
 from tests.unit.evaluate.browser import CHROMIUM, NO_BROWSER, look_at
 from tests.unit.evaluate.outputs import describe
+from tests.unit.index.test_cache import Away
+from tests.unit.index.test_rerank import Lossy
 from tests.unit.test_search import write_release
 
 PARTS, ROWS = 2, 200
@@ -262,6 +265,12 @@ def test_statistics_are_counted_part_by_part(root: Path) -> None:
     assert told.captions.tolist()[:4] == [captions.count(count) for count in range(4)]
     assert told.words.sum() == sum(captions) and told.sides.sum() == PARTS * ROWS
     assert sum(told.labels.values()) == sum(row % 10 != 9 for row in range(ROWS)) * PARTS
+
+
+def test_files_of_an_index_elsewhere_are_kept(tmp_path: Path) -> None:
+    away, cache = Away(Lossy(tmp_path / "made")), Cache(tmp_path / "cache", 2**30)
+    report(away.store, cache=cache)
+    assert {path.name for path in cache.folder.iterdir()} == {file.sha256 for file in away.made.release.files}
 
 
 def test_an_output_with_next_to_nothing_has_a_report_too(tmp_path: Path) -> None:
