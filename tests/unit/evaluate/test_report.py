@@ -17,6 +17,7 @@ import pytest
 from PIL import Image
 
 from pipelines.contracts import REJECTS_PART
+from pipelines.errors import ConfigError
 from pipelines.evaluate.charts import COLOURS
 from pipelines.evaluate.compare import Wanted, compare, contenders
 from pipelines.evaluate.map import coloured, draw_map, positions
@@ -25,12 +26,13 @@ from pipelines.evaluate.retrieval import Asked, evaluate
 from pipelines.evaluate.statistics import statistics
 from pipelines.index.cache import Cache
 from pipelines.index.manifest import CurvePoint, Recall
+from pipelines.index.parts import unit
 from pipelines.index.release import read_release
 from pipelines.record import read_record
 from pipelines.storage import Store
 from tests.indexed import ENCODER, caption_of, captions_of, everything, write_output
 from tests.unit.evaluate.browser import CHROMIUM, NO_BROWSER, look_at
-from tests.unit.evaluate.outputs import describe
+from tests.unit.evaluate.outputs import describe, replace_vectors
 from tests.unit.index.test_cache import Away
 from tests.unit.index.test_rerank import Lossy
 from tests.unit.test_search import write_release
@@ -244,6 +246,45 @@ def test_a_map_keeps_groups_apart_and_is_seeded() -> None:
     own = np.repeat(np.arange(3), 20)
     apart = np.linalg.norm(found[:, None] - found, axis=2) + 9 * np.eye(60)
     assert (own[apart.argmin(axis=1)] == own).all() and np.array_equal(found, positions(vectors, 0))
+
+
+def test_a_map_is_of_cosines_though_all_vectors_lean_one_way() -> None:
+    """Two groups on one side of the mean, near to it and far from it, are apart; of centred vectors they would not be."""
+    random = np.random.default_rng(0)
+    angles = np.radians(np.repeat([5.0, 40.0, -45.0], 20))
+    vectors = np.zeros((60, 16))
+    vectors[:, 0], vectors[:, 1] = np.cos(angles), np.sin(angles)
+    found = positions(unit(vectors + 0.02 * random.normal(size=vectors.shape)), 0)
+    own = np.repeat(np.arange(3), 20)
+    apart = np.linalg.norm(found[:, None] - found, axis=2) + 9 * np.eye(60)
+    assert (own[apart.argmin(axis=1)] == own).all()
+
+
+def test_a_map_is_the_same_whatever_the_length(tmp_path: Path) -> None:
+    store = write_output(tmp_path, parts=1, rows=40)
+    before = draw_map(store, ENCODER)["points"]
+    replace_vectors(
+        tmp_path / "embeddings" / ENCODER / "image",
+        lambda vectors: vectors * 2.0 ** (np.arange(len(vectors)) % 5)[:, None],
+    )
+    assert draw_map(store, ENCODER)["points"] == before
+
+
+def test_a_map_is_by_label_where_these_can_be_told_apart(tmp_path: Path) -> None:
+    store = write_output(tmp_path, parts=1, rows=80)
+
+    def by(**asked: Any) -> str:
+        document = draw_map(store, ENCODER, **asked)
+        assert all(("cluster" in point["group"]) == (document["by"] == "cluster") for point in document["points"])
+        return str(document["by"])
+
+    assert by() == "cluster"
+    with pytest.raises(ConfigError, match="has a label"):
+        by(by="label")
+    describe(tmp_path, lambda row: (f"label {row % 50}", {}))
+    assert (by(), by(by="cluster")) == ("label", "cluster")
+    describe(tmp_path, lambda row: (f"label {row % 60}", {}))
+    assert (by(), by(by="label")) == ("cluster", "label")
 
 
 @pytest.mark.skipif(not CHROMIUM, reason=NO_BROWSER)
