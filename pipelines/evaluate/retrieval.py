@@ -8,7 +8,6 @@ through the index, and beside it, what the release's own metric says.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
@@ -33,6 +32,7 @@ from pipelines.evaluate.items import (
     require_one_vector,
     stored,
 )
+from pipelines.evaluate.kept import keep
 from pipelines.evaluate.metrics import DEPTHS, Ranks, at_depths, ranks_in_order
 from pipelines.evaluate.ranking import Room, count_relevant, exact_figures
 from pipelines.index.cache import Cache
@@ -101,7 +101,7 @@ class Result:
 
 
 def evaluate(store: Store, encoder: str, asked: Asked, say: Say = lambda line: None) -> dict[str, Any]:
-    """The figures of every protocol asked for, or of those that the output has the data for; kept in `evaluations/`.
+    """The figures of every protocol asked for, or of those that the output has the data for; kept by `kept.keep`.
 
     Memory: `asked.room`, a number for each label, identity and shard, and with folds the vectors of the split.
     Raises: ConfigError where a protocol cannot be followed.
@@ -109,11 +109,10 @@ def evaluate(store: Store, encoder: str, asked: Asked, say: Say = lambda line: N
     document = {
         "encoder": encoder,
         "made": f"{datetime.now(UTC):%Y-%m-%d %H:%M:%S} UTC",
-        "split": asked.split,
-        "seed": asked.seed,
+        **{name: getattr(asked, name) for name in ("split", "fold", "identity", "sample", "seed")},
         "results": [vars(result) for result in measured(store, encoder, asked, say)],
     }
-    store.put_atomic(kept_at(encoder), json.dumps(document, indent=2).encode())
+    keep(store, document)
     return document
 
 
@@ -153,10 +152,6 @@ def require_foldable(protocols: Sequence[Protocol], asked: Asked) -> None:
             f"Folds are of images with their captions, not of the protocol {others}",
             "Give --fold with --protocol captions alone.",
         )
-
-
-def kept_at(encoder: str) -> str:
-    return f"evaluations/{encoder}.json"
 
 
 def fitting(store: Store, encoder: str, asked: Asked, say: Say) -> list[Protocol]:

@@ -11,9 +11,10 @@ import numpy as np
 import pytest
 
 from pipelines.errors import ConfigError
+from pipelines.evaluate.kept import evaluations, kept_in, name_of
 from pipelines.evaluate.metrics import of_whole, ranked
 from pipelines.evaluate.ranking import Room
-from pipelines.evaluate.retrieval import Asked, evaluate, kept_at, wrong_first
+from pipelines.evaluate.retrieval import Asked, evaluate, wrong_first
 from pipelines.index.cache import Cache
 from pipelines.index.recall import Top
 from pipelines.index.release import finish, read_release
@@ -207,7 +208,41 @@ def test_a_sample_of_queries_is_near_all_of_them_and_seeded(root: Path) -> None:
 def test_what_fits_is_chosen_and_kept_as_json(root: Path) -> None:
     document = evaluate(Store(str(root)), ENCODER, Asked(sample=50))
     assert [each["protocol"] for each in document["results"]] == ["captions", "captions", "label"]
-    assert json.loads((root / kept_at(ENCODER)).read_text()) == document
+    captions, label = (json.loads((root / kept_in(ENCODER) / f"{name}.json").read_text()) for name in ("captions", "label"))
+    assert (captions["protocol"], label["protocol"]) == ("captions", "label")
+    assert captions["results"] + label["results"] == document["results"]
+    assert {**captions, **document} == {**captions, "results": document["results"]}
+
+
+def test_no_evaluation_takes_the_place_of_another(tmp_path: Path) -> None:
+    store = write_output(tmp_path, parts=1)
+    describe(tmp_path)
+    runs: list[dict[str, Any]] = [
+        {"protocols": ("captions",)},
+        {"protocols": ("captions",), "split": "test"},
+        {"fold": 20},
+        {"fold": 20, "split": "test", "seed": 3},
+        {"identity": "id", "sample": 50},
+    ]
+    for asked in runs:
+        evaluate(store, ENCODER, Asked(index=False, **asked))
+    found = {name_of(each["protocol"], each["split"], each["fold"]): each for each in evaluations(store, ENCODER)}
+    assert [*found] == [
+        "captions.fold-20.json",
+        "captions.json",
+        "captions.split-test.fold-20.json",
+        "captions.split-test.json",
+        "identity.json",
+    ]
+    assert {path.name for path in (tmp_path / kept_in(ENCODER)).iterdir()} == {*found}
+    assert (found["identity.json"]["identity"], found["identity.json"]["sample"]) == ("id", 50)
+    assert found["captions.split-test.fold-20.json"]["seed"] == 3
+
+
+def test_a_split_of_whatever_name_has_a_file_of_its_own() -> None:
+    names = [("a", 3), ("a.fold-3", None), ("a/b", None), ("a%2Fb", None), ("", None), (None, None)]
+    assert len({name_of("label", *each) for each in names}) == len(names)
+    assert name_of("label", "a/b.c ü", 3) == "label.split-a%2Fb%2Ec%20%C3%BC.fold-3.json"
 
 
 def protocols_of(root: Path, said: list[str], **asked: Any) -> list[str]:
