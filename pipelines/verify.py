@@ -14,7 +14,8 @@ from pipelines.index.manifest import Release, ReleaseFile, index_folder
 from pipelines.index.release import merged_files, read_release
 from pipelines.index.versions import finished, index_homes
 from pipelines.ledger import COMMITS, Commit, CommitRef, list_commits, read_commits, staged
-from pipelines.storage import COPY_BYTES, Store
+from pipelines.local_disk import COPY_BYTES
+from pipelines.storage import Store
 
 
 def problems(store: Store, deep: bool = False) -> Iterator[str]:

@@ -24,6 +24,7 @@ from pipelines.index.choose import holds_codes
 from pipelines.index.manifest import Release
 from pipelines.index.parts import Ids, PartRange, Parts, Vectors, batches, list_grown, open_part
 from pipelines.index.recall import ROUNDING, Top
+from pipelines.index.release import read_release
 from pipelines.index.removed import not_removed
 from pipelines.index.selection import Selection, end_of
 from pipelines.search import Searcher

@@ -67,9 +67,7 @@ def _search(store: Store, encoder: str, asks: Modality, seed: int, cache: Cache 
     queries = collect(asking, ids, 2**14)
     release = latest_or_none(store, encoder, "image")
     searcher = Searcher(store, encoder, "image", exact=release is None, resident=False, cache=cache)
-    found = zip(
-        trace_parts(store, asking.parts, ids.tolist()), searcher.search(queries.vectors, HITS + 1), strict=True
-    )
+    found = zip(trace_parts(store, asking.parts, ids.tolist()), searcher.search(queries.vectors, HITS + 1), strict=True)
     answers = [_answer(store, asks, asked, hits) for asked, hits in found]
     return SampleSearch(asks, release.version if release else None, answers)
 

@@ -51,9 +51,7 @@ class Statistics:
     def histograms(self) -> dict[str, dict[str, list[float]]]:
         """As JSON: each one's edges, and the counts between them."""
         known = {"sides": (SIDES, self.sides), "words": (WORDS, self.words), "captions": (CAPTIONS, self.captions)}
-        return {
-            name: {"edges": edges.tolist(), "counts": counts.tolist()} for name, (edges, counts) in known.items()
-        }
+        return {name: {"edges": edges.tolist(), "counts": counts.tolist()} for name, (edges, counts) in known.items()}
 
 
 def _binned(values: NDArray[Any], edges: NDArray[Any]) -> NDArray[np.int64]:

@@ -18,7 +18,8 @@ import faiss
 from pipelines.errors import IndexBuildError, StorageError
 from pipelines.index.files import gone, open_shard
 from pipelines.index.manifest import IndexShard, SideFile
-from pipelines.storage import COPY_BYTES, Store
+from pipelines.local_disk import COPY_BYTES
+from pipelines.storage import Store
 
 ATTEMPTS = 3
 ABANDONED_AFTER_S = 24 * 3600.0

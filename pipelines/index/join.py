@@ -20,7 +20,8 @@ from pipelines.index.selection import Selection, standing
 from pipelines.index.train import available_bytes
 from pipelines.index.tune import apply
 from pipelines.lease import held
-from pipelines.storage import COPY_BYTES, Store, scratch_folder
+from pipelines.local_disk import COPY_BYTES
+from pipelines.storage import Store, scratch_folder
 
 FILE, LISTS = "merged.faiss", "merged.ivfdata"
 

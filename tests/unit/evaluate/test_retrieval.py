@@ -208,7 +208,9 @@ def test_a_sample_of_queries_is_near_all_of_them_and_seeded(root: Path) -> None:
 def test_what_fits_is_chosen_and_kept_as_json(root: Path) -> None:
     document = evaluate(Store(str(root)), ENCODER, Asked(sample=50))
     assert [each["protocol"] for each in document["results"]] == ["captions", "captions", "label"]
-    captions, label = (json.loads((root / kept_in(ENCODER) / f"{name}.json").read_text()) for name in ("captions", "label"))
+    captions, label = (
+        json.loads((root / kept_in(ENCODER) / f"{name}.json").read_text()) for name in ("captions", "label")
+    )
     assert (captions["protocol"], label["protocol"]) == ("captions", "label")
     assert captions["results"] + label["results"] == document["results"]
     assert {**captions, **document} == {**captions, "results": document["results"]}
@@ -233,6 +235,7 @@ def test_no_evaluation_takes_the_place_of_another(tmp_path: Path) -> None:
         "captions.split-test.fold-20.json",
         "captions.split-test.json",
         "identity.json",
+        "label.json",
     ]
     assert {path.name for path in (tmp_path / kept_in(ENCODER)).iterdir()} == {*found}
     assert (found["identity.json"]["identity"], found["identity.json"]["sample"]) == ("id", 50)
