@@ -9,7 +9,18 @@ from typing import Annotated, cast
 import typer
 
 from jobs.console import err, out
-from jobs.options import AsJson, EncoderFolder, ModalityFlag, OutputArgument, named_output
+from jobs.options import (
+    DEFAULT_CACHE,
+    DEFAULT_CACHE_SIZE,
+    AsJson,
+    CacheFlag,
+    CacheSize,
+    EncoderFolder,
+    ModalityFlag,
+    OutputArgument,
+    cache_of,
+    named_output,
+)
 from pipelines.errors import ConfigError
 from pipelines.search import choose_encoder
 
@@ -45,6 +56,8 @@ def duplicates(
     encoder: EncoderFolder = None,
     release: Release = None,
     memory: Memory = 4096,
+    cache: CacheFlag = DEFAULT_CACHE,
+    cache_size: CacheSize = DEFAULT_CACHE_SIZE,
     as_json: AsJson = False,
 ) -> None:
     """Find groups of near-duplicates in the whole set, through the index; nothing is removed.
@@ -57,7 +70,7 @@ def duplicates(
         raise ConfigError(f"--keep {keep} is not known", "Known: first, largest.")
     named = named_output(output)
     folder = choose_encoder(named.store, encoder or named.encoder)
-    sought = Sought(threshold, k, cast(Keep, keep), exact, release, memory)
+    sought = Sought(threshold, k, cast(Keep, keep), exact, release, memory, cache_of(cache, cache_size))
     summary = find_duplicates(
         named.store, folder, modality, sought, say=lambda line: err.print(line, markup=False, style="dim")
     )

@@ -8,8 +8,19 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from jobs.console import err, out
-from jobs.options import AsJson, EncoderFolder, OutputArgument, named_output
+from jobs.options import (
+    DEFAULT_CACHE,
+    DEFAULT_CACHE_SIZE,
+    AsJson,
+    CacheFlag,
+    CacheSize,
+    EncoderFolder,
+    OutputArgument,
+    cache_of,
+    named_output,
+)
 from pipelines.errors import ConfigError
+from pipelines.evaluate.kept import kept_in, sentence
 from pipelines.search import choose_encoder
 
 if TYPE_CHECKING:
@@ -70,6 +81,8 @@ def evaluate(
     no_index: Exactly = False,
     memory: Memory = 1024,
     seed: Seed = 0,
+    cache: CacheFlag = DEFAULT_CACHE,
+    cache_size: CacheSize = DEFAULT_CACHE_SIZE,
     as_json: AsJson = False,
 ) -> None:
     """How well images find their captions, captions their images, and images others of their label.
@@ -79,7 +92,7 @@ def evaluate(
     Example: vecmill evaluate s3://bucket/emb --queries test
     """
     from pipelines.evaluate.ranking import Room
-    from pipelines.evaluate.retrieval import Asked, kept_at
+    from pipelines.evaluate.retrieval import Asked
     from pipelines.evaluate.retrieval import evaluate as evaluate_output
 
     named = named_output(output)
@@ -94,6 +107,7 @@ def evaluate(
         index=not no_index,
         seed=seed,
         room=Room(memory),
+        cache=cache_of(cache, cache_size),
     )
     document = evaluate_output(named.store, folder, asked, lambda line: err.print(line, markup=False))
     if as_json:
@@ -101,7 +115,7 @@ def evaluate(
         return
     for result in document["results"]:
         print_result(result)
-    out.print(f"As JSON in {named.store.uri(kept_at(folder))}", markup=False, style="dim")
+    out.print(f"As JSON in {named.store.uri(kept_in(folder))}/", markup=False, style="dim")
 
 
 def known(given: list[str] | None) -> tuple[Protocol, ...]:
@@ -114,7 +128,7 @@ def known(given: list[str] | None) -> tuple[Protocol, ...]:
 
 def print_result(result: dict[str, Any]) -> None:
     """A table of one direction; beside the figures, those of the index with exact search over the same vectors."""
-    out.print(f"[bold]{result['protocol']}: {result['asks']} → {result['finds']}[/bold]  {told(result)}")
+    out.print(f"[bold]{result['protocol']}: {result['asks']} → {result['finds']}[/bold]  {sentence(result)}")
     through = result["through"]
     columns = "".join(f"{name:>12}" for name in ("exact", *(("in index", "exact there", "loss") if through else ())))
     out.print(f"  {'':<14}{columns}", style="dim")
@@ -123,16 +137,6 @@ def print_result(result: dict[str, Any]) -> None:
         if through and name in through["found"]:
             cells += "".join(cell(name, through[column][name]) for column in ("found", "exact", "loss"))
         out.print(f"  {title:<14}{cells}", markup=False)
-
-
-def told(result: dict[str, Any]) -> str:
-    of = f" of {result['of']:,}" if result["queries"] < result["of"] else ""
-    folds = f", mean of {result['folds']} folds" if result["folds"] > 1 else ""
-    text = f"{result['queries']:,}{of} queries in {result['gallery']:,}{folds}"
-    if result["unanswerable"]:
-        text += f"; {result['unanswerable']:,} more have nothing to find"
-    through = result["through"]
-    return text + (f"; release {through['release']} holds {through['gallery']:,}" if through else "")
 
 
 def cell(name: str, value: float) -> str:

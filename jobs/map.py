@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from typing import Annotated
+from typing import Annotated, Literal
 
 import typer
 
@@ -12,6 +12,10 @@ from jobs.options import AsJson, EncoderFolder, ModalityFlag, OutputArgument, na
 from pipelines.search import choose_encoder
 
 Sample = Annotated[int, typer.Option(min=8, max=10_000, help="Items drawn.")]
+By = Annotated[
+    Literal["label", "cluster"] | None,
+    typer.Option(help="What has a colour: label if there are any, and not more than 50, else cluster, if left out."),
+]
 Seed = Annotated[int, typer.Option(min=0, help="Of the draw and of the map.")]
 
 
@@ -20,6 +24,7 @@ def map(
     modality: ModalityFlag = "image",
     encoder: EncoderFolder = None,
     sample: Sample = 1_000,
+    by: By = None,
     seed: Seed = 0,
     as_json: AsJson = False,
 ) -> None:
@@ -30,7 +35,8 @@ def map(
     from pipelines.evaluate.map import draw_map
 
     named = named_output(output)
-    document = draw_map(named.store, choose_encoder(named.store, encoder or named.encoder), modality, sample, seed)
+    folder = choose_encoder(named.store, encoder or named.encoder)
+    document = draw_map(named.store, folder, modality, sample, seed, by=by)
     if as_json:
         print(json.dumps(document, indent=2))
         return

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from pathlib import Path
-from typing import Annotated, Any, NamedTuple
+from typing import TYPE_CHECKING, Annotated, Any, NamedTuple
 
 import typer
 import yaml
@@ -13,6 +13,11 @@ from pipelines.config import RunConfig, load_config, yaml_problem
 from pipelines.contracts import Modality
 from pipelines.errors import ConfigError, InputError
 from pipelines.storage import Store, whole_uri
+
+if TYPE_CHECKING:
+    from pipelines.index.cache import Cache
+
+DEFAULT_CACHE, DEFAULT_CACHE_SIZE = "~/.cache/vecmill", "20G"
 
 What = Annotated[
     list[str],
@@ -66,6 +71,13 @@ EncoderFolder = Annotated[
     str | None, typer.Option("--encoder", help="The encoder's folder; needed where the output has several.")
 ]
 ModalityFlag = Annotated[Modality, typer.Option(help="Whose vectors.")]
+CacheFlag = Annotated[
+    str,
+    typer.Option(
+        "--cache", metavar="DIR", help="Where files of an index in other storage are kept for the next search, or none."
+    ),
+]
+CacheSize = Annotated[str, typer.Option(help="Most that the cache may hold; what was used longest ago goes first.")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON document instead of text.")]
 
 
@@ -115,6 +127,19 @@ def text_in(inputs: Store, file: str) -> str:
         return (local.read_bytes() if local and is_pipe else inputs.read(whole_uri(file))).decode("utf-8-sig")
     except (OSError, ValueError, ImportError) as error:
         raise InputError(f"{file} cannot be read: {error}", "Check the path.") from None
+
+
+def cache_of(folder: str, size: str) -> Cache | None:
+    from pipelines.index.cache import Cache
+    from pipelines.index.choose import parse_bytes
+
+    most, optional = parse_bytes(size, "--cache-size"), folder == DEFAULT_CACHE
+    try:
+        return None if folder == "none" else Cache(Path(folder).expanduser(), most, optional)
+    except RuntimeError as error:
+        if optional:
+            return None
+        raise ConfigError(f"--cache {folder}: {error}", "Name a folder by its whole path.") from None
 
 
 class NamedOutput(NamedTuple):

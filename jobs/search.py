@@ -12,13 +12,24 @@ import typer
 from pydantic import TypeAdapter, ValidationError
 
 from jobs.console import err, out
-from jobs.options import AsJson, EncoderFolder, ModalityFlag, OutputArgument, named_output, text_in
+from jobs.options import (
+    DEFAULT_CACHE,
+    DEFAULT_CACHE_SIZE,
+    AsJson,
+    CacheFlag,
+    CacheSize,
+    EncoderFolder,
+    ModalityFlag,
+    OutputArgument,
+    cache_of,
+    named_output,
+    text_in,
+)
 from pipelines.contracts import Modality
 from pipelines.errors import ConfigError, InputError
 from pipelines.storage import Store
 
 if TYPE_CHECKING:
-    from pipelines.index.cache import Cache
     from pipelines.index.parts import Vectors
     from pipelines.index.selection import Selection
     from pipelines.index.where import Where
@@ -26,7 +37,6 @@ if TYPE_CHECKING:
     from pipelines.search import Hit, Searcher
 
 GZIPPED = (".gz", ".tgz")
-DEFAULT_CACHE = "~/.cache/vecmill"
 
 Text = Annotated[str | None, typer.Option(help="Words to look for.")]
 ImageFlag = Annotated[str | None, typer.Option("--image", help="Image file (path or URI) to look for.")]
@@ -79,13 +89,6 @@ Rerank = Annotated[
 Count = Annotated[int, typer.Option("-k", min=1, help="Hits for each query.")]
 Weight = Annotated[float, typer.Option(min=0, max=1, help="Share of the text beside an image or example.")]
 NotWeight = Annotated[float, typer.Option(min=0, help="Weight of --not-text, beside 1 for what is looked for.")]
-CacheFlag = Annotated[
-    str,
-    typer.Option(
-        "--cache", metavar="DIR", help="Where files of an index in other storage are kept for the next search, or none."
-    ),
-]
-CacheSize = Annotated[str, typer.Option(help="Most that the cache may hold; what was used longest ago goes first.")]
 Version = Annotated[str | None, typer.Option(help="Release to search; the current one if left out.")]
 
 
@@ -112,7 +115,7 @@ def search(
     not_weight: NotWeight = 0.5,
     release: Version = None,
     cache: CacheFlag = DEFAULT_CACHE,
-    cache_size: CacheSize = "20G",
+    cache_size: CacheSize = DEFAULT_CACHE_SIZE,
     as_json: AsJson = False,
 ) -> None:
     """Find what is nearest to words, an image, a sample, or a mixture of them.
@@ -172,19 +175,6 @@ def selected(searcher: Searcher, condition: Where | None, as_json: bool) -> Sele
     if not as_json:
         out.print(f"Among {among.total:,} of {searcher.parts.standing:,} vectors.", markup=False)
     return among
-
-
-def cache_of(folder: str, size: str) -> Cache | None:
-    from pipelines.index.cache import Cache
-    from pipelines.index.choose import parse_bytes
-
-    most, optional = parse_bytes(size, "--cache-size"), folder == DEFAULT_CACHE
-    try:
-        return None if folder == "none" else Cache(Path(folder).expanduser(), most, optional)
-    except RuntimeError as error:
-        if optional:
-            return None
-        raise ConfigError(f"--cache {folder}: {error}", "Name a folder by its whole path.") from None
 
 
 def page_offset(offset: int, page: int | None, k: int) -> int:

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from pipelines.errors import ConfigError, InputError
-from pipelines.evaluate.groups import OUTSIDE, Groups
+from pipelines.evaluate.groups import OUTSIDE, Groups, code_of_key
 from pipelines.evaluate.items import StoredItems, codes_of, collect_any, draw, first_with, is_unit, places_of, stored
 from pipelines.evaluate.pages import page, shown
 from pipelines.evaluate.retrieval import Asked, measured
@@ -94,11 +94,8 @@ def compare(
     Samples of several outputs are the same where their keys are. Exact, with memory for a batch of vectors. rate:
     measures speed and size of an encoder.
     """
-    known: dict[str, int] = {}
-    everyone = [
-        stored(rival.store, rival.encoder, "image", Groups(rival.store, "key", known=known)) for rival in rivals
-    ]
-    codes = _common(everyone, wanted, known)
+    everyone = [stored(rival.store, rival.encoder, "image", Groups(rival.store, "key")) for rival in rivals]
+    codes = _common(everyone, wanted)
     found = [_nearest(rival, items, codes, wanted.k) for rival, items in zip(rivals, everyone, strict=True)]
     neighbours = [codes_of(items, top.ids) for items, top in zip(everyone, found, strict=True)]
     document: dict[str, Any] = {
@@ -112,7 +109,7 @@ def compare(
             for one, other in combinations(range(len(rivals)), 2)
         },
     }
-    count = len(wanted.keys) or min(wanted.shown, len(codes))
+    count = len({*wanted.keys}) or min(wanted.shown, len(codes))
     document["queries"] = _queries(rivals, everyone, codes[:count], found, neighbours)
     store = rivals[0].store
     store.put_atomic(f"{folder}/compare.html", _page(document, rivals, neighbours, wanted))
@@ -121,23 +118,29 @@ def compare(
     return {**kept, "page": store.uri(f"{folder}/compare.html")}
 
 
-def _common(everyone: Sequence[StoredItems], wanted: Wanted, known: dict[str, int]) -> Ids:
-    """Codes of samples that all have: those asked for first, then drawn ones. Raises: ConfigError for a key that is
-    not there."""
+def _common(everyone: Sequence[StoredItems], wanted: Wanted) -> Ids:
+    """Codes of samples that all have: those asked for first, then drawn ones. Raises: ConfigError for a key that one
+    of them lacks."""
     fewest = min(everyone, key=_count)
     ids, _ = draw(fewest, wanted.agreed, wanted.seed)
     ids = np.random.default_rng(wanted.seed).permutation(ids)
-    codes = codes_of(fewest, ids)
-    for key in wanted.keys:
-        if key not in known:
-            raise ConfigError(
-                f"No sample of {fewest.store.uri()} with an image has the key {key}", "Keys are as `samples/` has them."
-            )
-    codes = np.array(list(dict.fromkeys([*(known[key] for key in wanted.keys), *codes.tolist()])), np.int64)
-    there = np.all([first_with(items, codes) != OUTSIDE for items in everyone], axis=0)
-    if not there.any() or not there[: len(wanted.keys)].all():
+    named = {code_of_key(key): key for key in wanted.keys}
+    codes = np.array(list(dict.fromkeys([*named, *codes_of(fewest, ids).tolist()])), np.int64)
+    there = [first_with(items, codes) != OUTSIDE for items in everyone]
+    for items, has in zip(everyone, there, strict=True):
+        _require_keys(items, [key for key, found in zip(named.values(), has, strict=False) if not found])
+    common = np.all(there, axis=0)
+    if not common.any():
         raise ConfigError("The outputs have no such samples in common", "They are matched by key.")
-    return np.asarray(codes[there])
+    return np.asarray(codes[common])
+
+
+def _require_keys(items: StoredItems, missing: Sequence[str]) -> None:
+    if missing:
+        raise ConfigError(
+            f"No sample of {items.store.uri()} with an image has the key {missing[0]}",
+            "Keys are as `samples/` has them.",
+        )
 
 
 def _count(items: StoredItems) -> int:

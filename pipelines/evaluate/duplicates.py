@@ -19,8 +19,12 @@ from pipelines.contracts import Modality
 from pipelines.errors import ConfigError
 from pipelines.evaluate.groups import read_samples
 from pipelines.evaluate.items import is_unit, require_one_vector
+from pipelines.index.cache import Cache
+from pipelines.index.choose import holds_codes
+from pipelines.index.manifest import Release
 from pipelines.index.parts import Ids, PartRange, Parts, Vectors, batches, list_grown, open_part
 from pipelines.index.recall import ROUNDING, Top
+from pipelines.index.release import read_release
 from pipelines.index.removed import not_removed
 from pipelines.index.selection import Selection, end_of
 from pipelines.search import Searcher
@@ -54,7 +58,8 @@ SCHEMA = pa.schema(
 class Sought:
     """threshold: least cosine of a pair, but for rounding. k: neighbours looked at for each item; a
     group of any size is found through pairs, if each member has one of its group among them. keep: which of a group
-    stays: the first, or the image of most pixels (the first of these)."""
+    stays: the first, or the image of most pixels (the first of these). cache: as `Searcher` takes it: else files of an
+    index in other storage are read again for every QUERIES_AT_ONCE items."""
 
     threshold: float = 0.95
     k: int = 20
@@ -62,6 +67,7 @@ class Sought:
     exact: bool = False
     release: str | None = None
     memory_mib: int = 4096
+    cache: Cache | None = None
 
 
 class Groups:
@@ -125,8 +131,8 @@ def find_duplicates(
     """Groups, and lists of keys to keep and to remove, written under `folder`; returns the summary that is there too.
 
     What was taken down is in none. Memory: the index if it fits `memory_mib`, else a shard of it at a time; 40 bytes an
-    item; the keys to remove. Raises: ConfigError, of an index of vectors that are not of unit length too;
-    IndexBuildError where there is no index and exact search is not asked for.
+    item; the keys to remove. Raises: ConfigError, of an index whose scores are no cosines too; IndexBuildError where
+    there is no index and exact search is not asked for.
     """
     searcher = _searcher(store, encoder, modality, sought)
     require_one_vector(searcher.parts)
@@ -174,16 +180,23 @@ def _findable_in(store: Store, parts: Parts) -> int:
 def _searcher(store: Store, encoder: str, modality: Modality, sought: Sought) -> Searcher:
     if sought.exact:
         return Searcher(store, encoder, modality, sought.release, exact=True, metric="cosine")
-    _require_cosines(store, encoder)
-    one_by_one = Searcher(store, encoder, modality, sought.release, resident=False)
-    release = one_by_one.release
-    whole = sum(shard.bytes for shard in release.shards) if release else 0
-    if whole > sought.memory_mib * 2**20:
-        return one_by_one
-    return Searcher(store, encoder, modality, sought.release)
+    _require_unit(store, encoder)
+    release = read_release(store, encoder, modality, sought.release)
+    _require_exact_scores(store, release)
+    fits = sum(shard.bytes for shard in release.shards) <= sought.memory_mib * 2**20
+    return Searcher(store, encoder, modality, release, resident=fits, cache=sought.cache)
 
 
-def _require_cosines(store: Store, encoder: str) -> None:
+def _require_exact_scores(store: Store, release: Release) -> None:
+    if release.rerank is None and holds_codes(release.index_key):
+        raise ConfigError(
+            f"{store.uri(release.folder)} holds codes ({release.index_key}) and no vectors to re-rank with: its "
+            "scores are near cosines, and no cosines",
+            "Compare with --exact, or build the index again: `vecmill index --rerank float16`.",
+        )
+
+
+def _require_unit(store: Store, encoder: str) -> None:
     if not is_unit(store, encoder):
         raise ConfigError(
             f"embeddings/{encoder} has vectors that are not of unit length: what an index says of them is no cosine",

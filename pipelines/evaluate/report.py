@@ -13,83 +13,115 @@ import pyarrow.parquet as pq
 from pipelines.contracts import Modality
 from pipelines.errors import VecmillError
 from pipelines.evaluate.charts import COLOURS, figure, svg
-from pipelines.evaluate.groups import Groups
-from pipelines.evaluate.items import ItemPlace, collect, draw, stored
+from pipelines.evaluate.kept import evaluations, sentence
 from pipelines.evaluate.pages import markup, page, shown
-from pipelines.evaluate.retrieval import kept_at, require_comparable
-from pipelines.evaluate.statistics import CAPTIONS, SIDES, WORDS, Statistics, statistics
-from pipelines.evaluate.thumbnails import samples_at, thumbnails
+from pipelines.evaluate.searches import Answer, SampleSearch, of_one_sample, sample_searches
+from pipelines.evaluate.statistics import statistics
+from pipelines.evaluate.thumbnails import thumbnails
+from pipelines.index.cache import Cache
+from pipelines.index.chart import draw
 from pipelines.index.manifest import Release
 from pipelines.index.parts import open_part
 from pipelines.index.recall import DEPTHS
 from pipelines.index.release import latest_or_none
 from pipelines.index.report import rows_of
-from pipelines.index.trace import Origin, trace_parts
 from pipelines.ledger import tally
-from pipelines.record import EncoderRecord, read_record
-from pipelines.search import Hit, Searcher
+from pipelines.record import EncoderRecord, RunRecord, read_record
 from pipelines.storage import Store, is_whole_json
 from pipelines.training.curves import Lines, draw_panel, flattened, panels
 
-EXAMPLES, SEARCHES, HITS, RUNS, LABELS = 3, 4, 6, 20, 20
+EXAMPLES, RUNS, LABELS = 3, 20, 20
 OF_A_RUN = ("run", "seconds", "shards", "stages", "bottleneck", "pace")
+OF_A_RELEASE: dict[str, Any] = {
+    **dict.fromkeys(("made", "metric", "index_key", "search_params", "bytes_per_vector", "recall", "curve"), True),
+    **dict.fromkeys(("query_ms", "batch_query_ms", "latency"), True),
+    "rerank": {"factor": True, "query_ms": True},
+}
 LEAST_POINTS, INTERVALS = 3, 60
 STAGES = ("read", "translate", "decode", "encode", "write")
-FIGURES = ("recall@1", "recall@5", "recall@10", "ndcg@10", "map", "median_rank")
+FIGURES = (
+    *("recall@1", "recall@5", "recall@10", "precision@1", "precision@10"),
+    *("ndcg@10", "map", "median_rank", "mean_rank"),
+)
+CHARTS = {
+    "sides": ("Image size", "shorter side, pixels", True),
+    "words": ("Caption length", "words", False),
+    "captions": ("Captions a sample", "captions", False),
+}
+"""Of the statistics: title, axis, and whether this is logarithmic."""
 PAGE, DATA = "report.html", "report.json"
 METRICS = "metrics.json"
 """That a training job writes."""
 
 
-def report(store: Store, folder: str = "report", seed: int = 0) -> dict[str, Any]:
+def report(store: Store, folder: str = "report", seed: int = 0, cache: Cache | None = None) -> dict[str, Any]:
     """Writes `report.html`, which loads nothing from anywhere, and `report.json`; returns what the latter holds.
 
-    Memory: a part of samples or rejects, a batch of vectors, and an index shard. Nothing is embedded.
+    Memory: a part of samples or rejects, a batch of vectors, and an index shard. Nothing is embedded. cache: of files
+    of the index, as `Searcher` takes it.
     """
-    record = read_record(store)
-    told = statistics(store)
-    runs = list(_runs(store))
-    counts = {encoder: tally(store, [encoder]) for encoder in record.encoders}
-    rejects = {encoder: reasons for encoder, (_, reasons, _) in counts.items()}
-    document: dict[str, Any] = {
+    record, runs = read_record(store), list(_runs(store))
+    releases = {encoder: _releases(store, encoder, each) for encoder, each in record.encoders.items()}
+    searches = {
+        encoder: list(sample_searches(store, encoder, each.modalities, seed, cache))
+        for encoder, each in record.encoders.items()
+    }
+    document = {
         "output": store.uri(),
         "made": f"{datetime.now(UTC):%Y-%m-%d %H:%M:%S} UTC",
+        **_of_data(store, record),
+        "runs": [{name: run.get(name) for name in OF_A_RUN} for run in runs],
+        **_of_encoders(store, record),
+        "indexes": {f"{name}/{each.modality}": _told_of(each) for name, found in releases.items() for each in found},
+        "searches": {encoder: [search.told() for search in found] for encoder, found in searches.items()},
+    }
+    cards = [_card(store, encoder, document, releases[encoder], searches[encoder]) for encoder in record.encoders]
+    store.put_atomic(f"{folder}/{PAGE}", _page(document, runs, cards))
+    store.put_atomic(f"{folder}/{DATA}", json.dumps(document, indent=2).encode())
+    return {**document, "page": store.uri(f"{folder}/{PAGE}")}
+
+
+def _of_data(store: Store, record: RunRecord) -> dict[str, Any]:
+    """What went in and came out."""
+    told = statistics(store)
+    counts = {encoder: tally(store, [encoder]) for encoder in record.encoders}
+    rejects = {encoder: reasons for encoder, (_, reasons, _) in counts.items()}
+    return {
         "samples": told.samples,
         "images": told.images,
         "items": {name: {m: c.model_dump() for m, c in items.items()} for name, (items, _, _) in counts.items()},
         "rejects": rejects,
+        "reject_examples": {encoder: _reject_examples(store, encoder, reasons) for encoder, reasons in rejects.items()},
+        "statistics": told.histograms(),
         "labels": dict(told.labels.most_common(LABELS)),
-        "runs": [
-            {name: run.get(name) for name in ("run", "seconds", "shards", "stages", "bottleneck", "pace")}
-            for run in runs
-        ],
-        "evaluations": {encoder: found for encoder in record.encoders if (found := _json(store, kept_at(encoder)))},
-        "training": {
-            encoder: history for encoder, each in record.encoders.items() if (history := _history(store, each))
-        },
-        "indexes": {
-            f"{encoder}/{release.modality}": {"release": release.version, "recall": release.recall.model_dump()}
-            for encoder, each in record.encoders.items()
-            for release in _releases(store, encoder, each)
-        },
     }
-    html = page(
+
+
+def _of_encoders(store: Store, record: RunRecord) -> dict[str, Any]:
+    """What each is, and how well it does."""
+    histories = {encoder: _history(store, each) for encoder, each in record.encoders.items()}
+    return {
+        "encoders": {encoder: _facts(each) for encoder, each in record.encoders.items()},
+        "evaluations": {encoder: list(evaluations(store, encoder)) for encoder in record.encoders},
+        "training": {encoder: history for encoder, history in histories.items() if history},
+    }
+
+
+def _page(document: dict[str, Any], runs: list[dict[str, Any]], cards: list[dict[str, Any]]) -> bytes:
+    return page(
         "report.html",
-        title=store.uri(),
+        title=document["output"],
         made=document["made"],
-        samples=f"{told.samples:,}",
+        samples=f"{document['samples']:,}",
         runs=runs,
         counts=_counts(document["items"]),
-        rejects=[each for encoder, reasons in rejects.items() for each in _rejects(store, encoder, reasons)],
+        rejects=[each for encoder in document["rejects"] for each in _rejects(document, encoder)],
         stages=_stages(runs),
         run_rows=[_run_row(run) for run in runs],
-        encoders=[_card(store, encoder, each, document, seed) for encoder, each in record.encoders.items()],
-        data_charts=_data_charts(told),
+        encoders=cards,
+        data_charts=_data_charts(document["statistics"]),
         labels=[[label, f"{count:,}"] for label, count in document["labels"].items()],
     )
-    store.put_atomic(f"{folder}/{PAGE}", html)
-    store.put_atomic(f"{folder}/{DATA}", json.dumps(document, indent=2).encode())
-    return {**document, "page": store.uri(f"{folder}/{PAGE}")}
 
 
 def _json(store: Store, path: str) -> dict[str, Any] | None:
@@ -122,8 +154,8 @@ def _counts(items: dict[str, Any]) -> list[list[str]]:
     ]
 
 
-def _rejects(store: Store, encoder: str, reasons: dict[str, int]) -> list[dict[str, Any]]:
-    """By reason, the commonest first, with a few of each; parts are read until there are enough."""
+def _reject_examples(store: Store, encoder: str, reasons: dict[str, int]) -> dict[str, list[dict[str, Any]]]:
+    """A few of each reason; parts are read until there are enough."""
     examples: dict[str, list[dict[str, Any]]] = {reason: [] for reason in reasons}
     for name in sorted(store.names(f"rejects/{encoder}")):
         if all(len(examples[reason]) >= min(EXAMPLES, count) for reason, count in reasons.items()):
@@ -132,7 +164,13 @@ def _rejects(store: Store, encoder: str, reasons: dict[str, int]) -> list[dict[s
             for each in pq.read_table(stream, columns=["key", "modality", "reason", "detail"]).to_pylist():
                 if len(examples.setdefault(each["reason"], [])) < EXAMPLES:
                     examples[each["reason"]].append(each)
-    ordered = sorted(reasons.items(), key=lambda item: (-item[1], item[0]))
+    return examples
+
+
+def _rejects(document: dict[str, Any], encoder: str) -> list[dict[str, Any]]:
+    """By reason, the commonest first."""
+    examples = document["reject_examples"][encoder]
+    ordered = sorted(document["rejects"][encoder].items(), key=lambda item: (-item[1], item[0]))
     return [{"reason": reason, "count": f"{count:,}", "examples": examples[reason]} for reason, count in ordered]
 
 
@@ -183,18 +221,20 @@ def _run_row(run: dict[str, Any]) -> list[str]:
     return [run["run"], f"{run.get('shards', {}).get('done_now', 0):,}", f"{rows:,.0f}", f"{seconds:,.1f}", rate]
 
 
-def _card(store: Store, encoder: str, record: EncoderRecord, document: dict[str, Any], seed: int) -> dict[str, Any]:
+def _card(
+    store: Store, encoder: str, document: dict[str, Any], releases: list[Release], searches: list[SampleSearch]
+) -> dict[str, Any]:
     return {
         "name": encoder,
-        "facts": _facts(record),
-        "quality": [_quality(result) for result in document["evaluations"].get(encoder, {}).get("results", [])],
-        "indexes": [_index(release) for release in _releases(store, encoder, record)],
-        "searches": list(_searches(store, encoder, record, seed)),
+        "facts": document["encoders"][encoder].items(),
+        "quality": [_quality(run, result) for run in document["evaluations"][encoder] for result in run["results"]],
+        "indexes": [_index(release, document["indexes"][f"{encoder}/{release.modality}"]) for release in releases],
+        "searches": [_search(store, search) for search in searches],
         "training": _training(history) if (history := document["training"].get(encoder)) else None,
     }
 
 
-def _facts(record: EncoderRecord) -> list[list[str]]:
+def _facts(record: EncoderRecord) -> dict[str, str]:
     spec = record.spec
     vectors = [f"{name}: {told['dim']} ({told['space']})" for name, told in spec["vectors"].items()]
     image = spec.get("image") or {}
@@ -211,7 +251,7 @@ def _facts(record: EncoderRecord) -> list[list[str]]:
         "fingerprint": record.fingerprint,
         "versions": ", ".join(f"{name} {number}" for name, number in record.versions.items()),
     }
-    return [[name, value] for name, value in facts.items() if value]
+    return {name: value for name, value in facts.items() if value}
 
 
 def _history(store: Store, record: EncoderRecord) -> dict[str, Any] | None:
@@ -244,15 +284,23 @@ def _curves(title: str, lines: Lines) -> Any:
         return markup(svg(drawn, title))
 
 
-def _quality(result: dict[str, Any]) -> dict[str, Any]:
+def _quality(run: dict[str, Any], result: dict[str, Any]) -> dict[str, Any]:
+    """Of a direction of what an evaluation has left."""
     through = result["through"]
     columns = [("exact", result["figures"])]
     if through:
         columns += [("in index", through["found"]), ("exact there", through["exact"]), ("loss", through["loss"])]
     rows = [[name.replace("_", " "), *(_cell(name, told) for _, told in columns)] for name in FIGURES]
-    told = f"{result['queries']:,} of {result['of']:,} queries in {result['gallery']:,}"
     title = f"{result['protocol']}: {result['asks']} → {result['finds']}"
-    return {"title": title, "told": told, "rows": rows, "head": ["", *(name for name, _ in columns)]}
+    of = [f"split {run['split']}"] if run["split"] is not None else []
+    of += [f"folds of {run['fold']:,}"] if run["fold"] else []
+    of += [f"identities by {run['identity']}"] if run["protocol"] == "identity" else []
+    return {
+        "title": ", ".join([title, *of]),
+        "told": f"{sentence(result)}; made {run['made']}",
+        "rows": rows,
+        "head": ["", *(name for name, _ in columns)],
+    }
 
 
 def _cell(name: str, told: dict[str, float]) -> str:
@@ -261,13 +309,20 @@ def _cell(name: str, told: dict[str, float]) -> str:
     return f"{told[name]:,.1f}" if name.endswith("rank") else f"{told[name]:.4f}"
 
 
-def _index(release: Release) -> dict[str, Any]:
+def _told_of(release: Release) -> dict[str, Any]:
+    """What the manifest says of it, but for its files and how it was built."""
+    held = {"release": release.version, "vectors": release.parts.rows, "dim": release.parts.dim}
+    return held | release.model_dump(mode="json", include=OF_A_RELEASE)
+
+
+def _index(release: Release, told: dict[str, Any]) -> dict[str, Any]:
+    """told: by `_told_of`."""
     facts = {
-        "vectors": f"{release.parts.rows:,} of {release.parts.dim} dimensions",
-        "key": release.index_key,
-        "parameters": release.search_params or "none",
-        "bytes a vector": f"{sum(release.bytes_per_vector.values()):,.1f}",
-        "made": release.made,
+        "vectors": f"{told['vectors']:,} of {told['dim']} dimensions",
+        "key": told["index_key"],
+        "parameters": told["search_params"] or "none",
+        "bytes a vector": f"{sum(told['bytes_per_vector'].values()):,.1f}",
+        "made": told["made"],
     }
     recall = [
         [f"{kind} {how}", *(f"{figures[f'recall@{k}']:.3f}" for k in DEPTHS), f"{ms:.2f}"]
@@ -285,73 +340,42 @@ def _index(release: Release) -> dict[str, Any]:
 
 
 def _curve(release: Release) -> Any:
-    """Recall@10 against milliseconds a query, a line for each kind of query."""
-    with figure(5, 3, for_page=True) as drawn:
+    """Recall@10 against milliseconds a query; None where neither was measured."""
+    if not release.curve:
+        return None
+    with figure(5, 3.4, for_page=True) as drawn:
         axes = drawn.subplots()
-        points = sorted(release.curve, key=lambda point: point.query_ms)
-        for kind in release.recall.queries:
-            known = [(point.query_ms, point.recall[kind]) for point in points if kind in point.recall]
-            if known:
-                axes.plot(*zip(*known, strict=True), marker="o", markersize=4, label=f"{kind} queries")
-        axes.set(xlabel="milliseconds a query", ylabel="recall@10", ylim=(0, 1.05))
-        axes.set_xlim(left=0)
+        draw(axes, release)
         axes.grid()
-        if axes.lines:
-            axes.legend(loc="lower right")
+        drawn.legend(loc="outside lower center", ncols=2)
         return markup(svg(drawn, "recall against latency"))
 
 
-def _searches(store: Store, encoder: str, record: EncoderRecord, seed: int) -> Iterator[dict[str, Any]]:
-    """With vectors that are stored: images find others; captions find images, their own framed."""
-    if "image" not in record.modalities:
-        return
-    for asks in record.modalities:
-        try:
-            require_comparable(store, encoder, asks, "image")
-            yield _search(store, encoder, asks, seed)
-        except VecmillError:
-            # An output without vectors, of several vectors an item, or of another space has no such search.
-            continue
+def _search(store: Store, search: SampleSearch) -> dict[str, Any]:
+    """With pictures; among what captions find, their own is framed."""
+    how = f"through release {search.release}" if search.release else "exactly"
+    rows = [_answer(store, search.asks, answer) for answer in search.answers]
+    return {"title": f"Sample searches: {search.asks} → image, {how}", "rows": rows}
 
 
-def _search(store: Store, encoder: str, asks: Modality, seed: int) -> dict[str, Any]:
-    asking = stored(store, encoder, asks, Groups(store))
-    ids, _ = draw(asking, SEARCHES, seed)
-    queries = collect(asking, ids, 2**14)
-    release = latest_or_none(store, encoder, "image")
-    searcher = Searcher(store, encoder, "image", exact=release is None, resident=False)
-    asked = trace_parts(store, asking.parts, ids.tolist())
-    answers = searcher.search(queries.vectors, HITS + 1)
-    rows = [_answer(store, asks, *each) for each in zip(asked, answers, strict=True)]
-    how = f"through release {release.version}" if release else "exactly"
-    return {"title": f"Sample searches: {asks} → image, {how}", "rows": rows}
-
-
-def _answer(store: Store, asks: Modality, asked: Origin, hits: list[Hit]) -> dict[str, Any]:
-    own = (asked.shard, asked.row)
-    kept = [hit for hit in hits if asks == "text" or (hit.shard, hit.row) != own][:HITS]
-    [sample, *found] = samples_at(store, [ItemPlace(each.part, each.row) for each in (asked, *kept)])
-    [small, *pictures] = thumbnails(store, [sample, *found])
+def _answer(store: Store, asks: Modality, answer: Answer) -> dict[str, Any]:
+    [asking, *found] = zip(answer.samples, thumbnails(store, answer.samples), strict=True)
     return {
-        "asked": asked.caption or asked.key,
-        "query": None if asks == "text" else shown(sample, small),
+        "asked": answer.asked.caption or answer.asked.key,
+        "query": None if asks == "text" else shown(*asking),
         "hits": [
-            {**shown(each, picture, f"{hit.score:.3f}"), "own": (hit.shard, hit.row) == own}
-            for hit, each, picture in zip(kept, found, pictures, strict=True)
+            {**shown(*each, f"{hit.score:.3f}"), "own": of_one_sample(hit, answer.asked)}
+            for hit, each in zip(answer.hits, found, strict=True)
         ],
     }
 
 
-def _data_charts(told: Statistics) -> list[Any]:
-    charts = []
-    for title, label, counts, edges, logarithmic in (
-        ("Image size", "shorter side, pixels", told.sides, SIDES, True),
-        ("Caption length", "words", told.words, WORDS, False),
-        ("Captions a sample", "captions", told.captions, CAPTIONS, False),
-    ):
-        if counts.sum():
-            charts.append(_histogram(title, label, counts, edges, logarithmic))
-    return charts
+def _data_charts(histograms: dict[str, Any]) -> list[Any]:
+    return [
+        _histogram(title, label, np.array(histograms[name]["counts"]), histograms[name]["edges"], logarithmic)
+        for name, (title, label, logarithmic) in CHARTS.items()
+        if any(histograms[name]["counts"])
+    ]
 
 
 def _histogram(title: str, label: str, counts: Any, edges: Any, logarithmic: bool) -> Any:

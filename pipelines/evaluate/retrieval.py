@@ -8,7 +8,6 @@ through the index, and beside it, what the release's own metric says.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
@@ -33,8 +32,10 @@ from pipelines.evaluate.items import (
     require_one_vector,
     stored,
 )
+from pipelines.evaluate.kept import keep
 from pipelines.evaluate.metrics import DEPTHS, Ranks, at_depths, ranks_in_order
 from pipelines.evaluate.ranking import Room, count_relevant, exact_figures
+from pipelines.index.cache import Cache
 from pipelines.index.current import current_version
 from pipelines.index.manifest import index_folder
 from pipelines.index.parts import Ids, NoVectorsError, Vectors
@@ -67,6 +68,7 @@ class Asked:
     found. sample: queries of a direction at most, as many as make 2·10⁹ comparisons (1,000 at least) if None.
     fold: samples in order are cut into folds of so many, each ranked by itself: captions alone, all that there are,
     and exactly. release: that the index figures are of, else the current one; index: whether there are any.
+    cache: of its files, as `Searcher` takes it.
     """
 
     protocols: tuple[Protocol, ...] = ()
@@ -78,6 +80,7 @@ class Asked:
     index: bool = True
     seed: int = 0
     room: Room = field(default_factory=Room)
+    cache: Cache | None = None
 
 
 @dataclass(frozen=True)
@@ -98,7 +101,7 @@ class Result:
 
 
 def evaluate(store: Store, encoder: str, asked: Asked, say: Say = lambda line: None) -> dict[str, Any]:
-    """The figures of every protocol asked for, or of those that the output has the data for; kept in `evaluations/`.
+    """The figures of every protocol asked for, or of those that the output has the data for; kept by `kept.keep`.
 
     Memory: `asked.room`, a number for each label, identity and shard, and with folds the vectors of the split.
     Raises: ConfigError where a protocol cannot be followed.
@@ -106,11 +109,10 @@ def evaluate(store: Store, encoder: str, asked: Asked, say: Say = lambda line: N
     document = {
         "encoder": encoder,
         "made": f"{datetime.now(UTC):%Y-%m-%d %H:%M:%S} UTC",
-        "split": asked.split,
-        "seed": asked.seed,
+        **{name: getattr(asked, name) for name in ("split", "fold", "identity", "sample", "seed")},
         "results": [vars(result) for result in measured(store, encoder, asked, say)],
     }
-    store.put_atomic(kept_at(encoder), json.dumps(document, indent=2).encode())
+    keep(store, document)
     return document
 
 
@@ -125,7 +127,7 @@ def measured(store: Store, encoder: str, asked: Asked, say: Say = lambda line: N
     for protocol, asks, finds in directions:
         say(f"{protocol}: {asks} → {finds}")
         try:
-            result = _direction(store, encoder, protocol, asks, finds, asked)
+            result = _direction(store, encoder, protocol, asks, finds, asked, say)
         except ConfigError as error:
             if _is_named(protocol, asked):
                 raise
@@ -150,10 +152,6 @@ def require_foldable(protocols: Sequence[Protocol], asked: Asked) -> None:
             f"Folds are of images with their captions, not of the protocol {others}",
             "Give --fold with --protocol captions alone.",
         )
-
-
-def kept_at(encoder: str) -> str:
-    return f"evaluations/{encoder}.json"
 
 
 def fitting(store: Store, encoder: str, asked: Asked, say: Say) -> list[Protocol]:
@@ -206,7 +204,9 @@ def require_comparable(store: Store, encoder: str, one: Modality, other: Modalit
         )
 
 
-def _direction(store: Store, encoder: str, protocol: Protocol, asks: Modality, finds: Modality, asked: Asked) -> Result:
+def _direction(
+    store: Store, encoder: str, protocol: Protocol, asks: Modality, finds: Modality, asked: Asked, say: Say
+) -> Result:
     require_comparable(store, encoder, asks, finds)
     groups = Groups(store, _by(protocol, asked), asked.split)
     questions, gallery = stored(store, encoder, asks, groups), stored(store, encoder, finds, groups)
@@ -240,7 +240,7 @@ def _direction(store: Store, encoder: str, protocol: Protocol, asks: Modality, f
         gallery=ranked.gallery,
         folds=1,
         figures=ranked.figures,
-        through=_through_index(store, encoder, finds, groups, queries, same, asked),
+        through=_through_index(store, encoder, finds, groups, queries, same, asked, say),
     )
 
 
@@ -273,15 +273,15 @@ def require_answers(answerable: int, protocol: Protocol) -> None:
 
 
 def _through_index(
-    store: Store, encoder: str, modality: Modality, groups: Groups, queries: Tile, same: bool, asked: Asked
+    store: Store, encoder: str, modality: Modality, groups: Groups, queries: Tile, same: bool, asked: Asked, say: Say
 ) -> dict[str, Any] | None:
     """The figures of the first max(DEPTHS), among all that the release holds, of whatever split."""
-    version = _release_of(store, encoder, modality, asked) if asked.index else None
+    version = _release_of(store, encoder, modality, asked, say) if asked.index else None
     if version is None:
         return None
     searchers = {
         "exact": Searcher(store, encoder, modality, version, exact=True),
-        "found": Searcher(store, encoder, modality, version, resident=False),
+        "found": Searcher(store, encoder, modality, version, resident=False, cache=asked.cache),
     }
     parts = searchers["found"].parts
     require_one_vector(parts)
@@ -304,12 +304,15 @@ def _through_index(
     return {"release": version, "queries": len(queries), "gallery": parts.rows, **figures, "loss": loss}
 
 
-def _release_of(store: Store, encoder: str, modality: Modality, asked: Asked) -> str | None:
-    """The one that was asked for, current or not; none of vectors that have no index."""
+def _release_of(store: Store, encoder: str, modality: Modality, asked: Asked, say: Say) -> str | None:
+    """The one that was asked for, current or not; none of vectors whose index has no such release."""
     folder = index_folder(encoder, modality)
-    if asked.release:
-        return asked.release if finished(store, folder) else None
-    return current_version(store, folder)
+    if not asked.release:
+        return current_version(store, folder)
+    if asked.release in finished(store, folder):
+        return asked.release
+    say(f"the index of {modality} vectors is left out: it has no release {asked.release}")
+    return None
 
 
 def require_release(store: Store, encoder: str, asked: Asked) -> None:
@@ -327,7 +330,7 @@ def _found(searcher: Searcher, gallery: Items, queries: Tile, own: Ids, relevant
     top = without(_nearest(searcher, queries.vectors, max(DEPTHS) + 1, room), own)
     codes = codes_of(gallery, top.ids)
     hits = (codes == queries.codes[:, None]) & (codes != OUTSIDE)
-    return ranks_in_order(wrong_first(hits, top.scores)[:, : max(DEPTHS)], relevant)
+    return ranks_in_order(wrong_first(hits, top)[:, : max(DEPTHS)], relevant)
 
 
 def _nearest(searcher: Searcher, queries: Vectors, k: int, room: Room) -> Top:
@@ -337,9 +340,15 @@ def _nearest(searcher: Searcher, queries: Vectors, k: int, room: Room) -> Top:
     return Top(np.concatenate([top.ids for top in tops]), np.concatenate([top.scores for top in tops]))
 
 
-def wrong_first(hits: NDArray[np.bool_], scores: Vectors) -> NDArray[np.bool_]:
-    """Hits [n, k], best first, of which those of equal scores (but for rounding) are ordered as exact ranking does."""
+def wrong_first(hits: NDArray[np.bool_], top: Top) -> NDArray[np.bool_]:
+    """Hits [n, k], best first, of which those of equal scores (but for rounding) are ordered as exact ranking does.
+
+    Places where nothing was found, whose scores are infinite, are equal to no other.
+    """
+    there = top.ids >= 0
+    scores = np.where(there, top.scores, 0)
     apart = np.abs(np.diff(scores, axis=1, prepend=scores[:, :1])) > ROUNDING * np.maximum(1, np.abs(scores))
+    apart |= np.diff(there, axis=1, prepend=there[:, :1])
     runs = np.cumsum(apart, axis=1)
     return np.take_along_axis(hits, np.lexsort((hits, runs), axis=1), axis=1)
 

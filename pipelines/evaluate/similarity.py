@@ -130,10 +130,8 @@ def _of_itself(side: Side, sample: int, seed: int) -> tuple[Drawn, Drawn]:
 
 def _in_pairs(one: Side, other: Side, sample: int, seed: int) -> tuple[Drawn, Drawn]:
     """Rows, and for each a column of the same sample; of the same key, where the outputs are two."""
-    by, known = "sample" if one.store.root == other.store.root else "key", dict[str, int]()
-    mine, theirs = (
-        stored(side.store, side.encoder, side.modality, Groups(side.store, by, known=known)) for side in (one, other)
-    )
+    by = "sample" if one.store.root == other.store.root else "key"
+    mine, theirs = (stored(side.store, side.encoder, side.modality, Groups(side.store, by)) for side in (one, other))
     ids, _ = draw(mine, sample, seed)
     partners = first_with(theirs, codes_of(mine, ids))
     ids, partners = ids[partners != OUTSIDE], partners[partners != OUTSIDE]

@@ -48,6 +48,11 @@ class Statistics:
         self.words += _binned(pc.list_value_length(pc.utf8_split_whitespace(texts)).to_numpy(), WORDS)
         self.labels.update(label for label in batch["label"].to_pylist() if label is not None)
 
+    def histograms(self) -> dict[str, dict[str, list[float]]]:
+        """As JSON: each one's edges, and the counts between them."""
+        known = {"sides": (SIDES, self.sides), "words": (WORDS, self.words), "captions": (CAPTIONS, self.captions)}
+        return {name: {"edges": edges.tolist(), "counts": counts.tolist()} for name, (edges, counts) in known.items()}
+
 
 def _binned(values: NDArray[Any], edges: NDArray[Any]) -> NDArray[np.int64]:
     return np.histogram(np.clip(values, edges[0], edges[-1]), edges)[0].astype(np.int64)

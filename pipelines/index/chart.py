@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from io import BytesIO
+from typing import Any
 
 from pipelines.index.manifest import Release
 
@@ -19,27 +20,34 @@ def svg(release: Release) -> bytes:
     # matplotlib takes a second to import, and nothing else needs it.
     from matplotlib import rc_context
     from matplotlib.figure import Figure
-    from matplotlib.ticker import LogLocator, NullFormatter
 
     with rc_context({"svg.hashsalt": "vecmill", "svg.fonttype": "path", "font.size": 11}):
         figure = Figure(figsize=(7, 4.6), layout="constrained", facecolor="white")
         axes = figure.subplots()
-        for label, colour, dashed, points, chosen in lines(release):
-            milliseconds, recall = zip(*points, strict=True)
-            axes.plot(milliseconds, recall, "o--" if dashed else "o-", color=colour, label=label, markersize=4)
-            axes.plot(*chosen, "o", color=colour, fillstyle="none", markersize=11)
-        axes.set_xscale("log")
-        axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
-        axes.xaxis.set_major_formatter("{x:g}")
-        axes.xaxis.set_minor_formatter(NullFormatter())
-        axes.set_xlabel("milliseconds a query, one at a time (ring: the parameters chosen)")
-        axes.set_ylabel("recall@10")
-        axes.set_ylim(0, 1.03)
+        draw(axes, release)
         axes.grid(which="both", color="#dddddd", linewidth=0.6)
         figure.legend(loc="outside lower center", ncols=2)
         drawn = BytesIO()
         figure.savefig(drawn, format="svg", metadata={"Date": None})
     return drawn.getvalue()
+
+
+def draw(axes: Any, release: Release) -> None:
+    """The curve and its scales, in whatever style the figure has; a line for each of `lines`, a ring around its chosen
+    point."""
+    from matplotlib.ticker import LogLocator, NullFormatter
+
+    for label, colour, dashed, points, chosen in lines(release):
+        milliseconds, recall = zip(*points, strict=True)
+        axes.plot(milliseconds, recall, "o--" if dashed else "o-", color=colour, label=label, markersize=4)
+        axes.plot(*chosen, "o", color=colour, fillstyle="none", markersize=11)
+    axes.set_xscale("log")
+    axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    axes.xaxis.set_major_formatter("{x:g}")
+    axes.xaxis.set_minor_formatter(NullFormatter())
+    axes.set_xlabel("milliseconds a query on one thread (ring: the parameters chosen)")
+    axes.set_ylabel("recall@10")
+    axes.set_ylim(0, 1.03)
 
 
 Point = tuple[float, float]

@@ -6,7 +6,8 @@ Unit vectors of 512 dimensions in 1,000 clusters (two of a cluster: cosine 0.5).
 four near-duplicates (0.978 of each other, at random places of the set) and a pair at 0.90, which is none at the
 threshold of 0.95. Found and planted groups are compared by their pairs. The search runs in a process of its own, whose
 memory is what counts: `anonymous` is its own, `peak` has the pages of mapped files too, which the system takes back
-when it wants them. Against exact search, which is quadratic, a set of --exact-rows is compared.
+when it wants them. Against exact search, which is quadratic, a set of --exact-rows is compared. Exits with 1 where
+pairs are missed or made up, or memory is more than is promised.
 """
 
 from __future__ import annotations
@@ -36,6 +37,7 @@ from pipelines.index.release import finish
 from pipelines.index.train import read_picked, train
 from pipelines.storage import Store
 from tests.bench.memory import PeakAnonymous, status_mib
+from tests.bench.rows import Row, conclude
 from tests.indexed import ENCODER, write_images, write_run
 from tests.unit.index.test_release import release
 
@@ -43,6 +45,7 @@ DIM, CLUSTERS, PARTS, SHARDS = 512, 1_000, 20, 4
 SPREAD, NEAR, FAR = 1.0, 0.15, 0.333
 THRESHOLD, K, FACTOR = 0.95, 10, 2
 TRAINED_EACH, LEAST_TRAINED = 40, 10_000
+ITEM_BYTES, LEAST_PAIRS = 40, 0.99
 VERSION = "v0001"
 
 
@@ -179,6 +182,17 @@ def measure(rows: int, memory_mib: int, beside_exact: bool) -> dict[str, Any]:
         return figures
 
 
+def rows_of(figures: dict[str, Any], memory_mib: int) -> list[Row]:
+    rows, own = figures["rows"], figures["anonymous"] - figures["before"]
+    most = memory_mib + ITEM_BYTES * rows / 2**20
+    shares = [(name, figures[name]) for name in ("recall", "precision")]
+    enough = f"at least {LEAST_PAIRS}"
+    return [
+        Row(f"own memory at {rows:,} rows, MiB", own, f"at most {most:,.0f}", own <= most),
+        *(Row(f"{name} of pairs at {rows:,} rows", share, enough, share >= LEAST_PAIRS) for name, share in shares),
+    ]
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rows", type=int, default=200_000)
@@ -190,9 +204,13 @@ def main() -> None:
     if asked.find:
         print(json.dumps(find(asked.find, asked.exact, asked.memory)))
         return
+    found: list[Row] = []
     for rows, beside_exact in ((asked.exact_rows, True), (asked.rows, False)):
         if rows:
-            print(json.dumps(measure(rows, asked.memory, beside_exact), indent=2), flush=True)
+            figures = measure(rows, asked.memory, beside_exact)
+            print(json.dumps(figures, indent=2), flush=True)
+            found += rows_of(figures, asked.memory)
+    conclude(found)
 
 
 if __name__ == "__main__":

@@ -4,7 +4,8 @@
 
 Unit vectors of 512 dimensions in 1,000 clusters (two of a cluster: cosine 0.5); a caption's is its image's with noise.
 The default sample of queries is ranked exactly among all, both ways, by a process of its own, whose memory is what
-counts: `own` is what it holds beyond what it held before it began.
+counts: `own` is what it holds beyond what it held before it began. Exits with 1 where that is over --memory, or grows
+with the rows, which fewer than 655,360 do not tell: a tenth of them fills no tile.
 """
 
 from __future__ import annotations
@@ -26,9 +27,12 @@ from pipelines.index.parts import unit
 from pipelines.storage import Store
 from tests.bench.duplicates import CLUSTERS, DIM, around
 from tests.bench.memory import PeakAnonymous, status_mib
+from tests.bench.rows import Row, conclude
 from tests.indexed import ENCODER, write_images, write_run
 
 PARTS, NOISE = 20, 4.0
+GROWTH = 1.5
+"""Most of what is held at ten times the rows, over what is held at a tenth."""
 
 
 def write_set(root: Path, rows: int) -> None:
@@ -65,6 +69,14 @@ def ranked_apart(rows: int, memory_mib: int) -> dict[str, Any]:
         return {"rows": rows, **json.loads(subprocess.run(command, stdout=subprocess.PIPE, check=True).stdout)}
 
 
+def rows_of(told: dict[str, Any]) -> list[Row]:
+    over, grown = told["own_over_memory"], told["own_at_ten_times"]
+    return [
+        Row("own memory, over --memory", over, "at most 1", over <= 1),
+        Row("own memory at ten times the rows", grown, f"at most {GROWTH}", grown <= GROWTH),
+    ]
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rows", type=int, default=1_000_000)
@@ -82,6 +94,7 @@ def main() -> None:
         "own_at_ten_times": round(all_of_them["own_mib"] / few["own_mib"], 3),
     }
     print(json.dumps(told, indent=2, ensure_ascii=False))
+    conclude(rows_of(told))
 
 
 if __name__ == "__main__":

@@ -50,6 +50,7 @@ from pipelines.index.recall import Top, exact, recall_at
 from pipelines.index.train import VECTORS_PER_CLUSTER
 from pipelines.search import Searcher
 from pipelines.storage import Store, scratch_folder
+from tests.bench.rows import Row, conclude
 from tests.indexed import ENCODER, write_images, write_run
 
 DIM, RANK, PARTS, CLUSTERS = 512, 64, 20, 1_000
@@ -341,14 +342,6 @@ def shares(release: Release) -> dict[str, float]:
     return {stage: round(took / sum(release.seconds.values()), 3) for stage, took in release.seconds.items()}
 
 
-@dataclass(frozen=True)
-class Row:
-    what: str
-    found: float
-    asked: str
-    met: bool
-
-
 def rows_of(figures: dict[str, Any]) -> list[Row]:
     cpu, wall = (float(np.median(figures["shuffled"][name])) for name in ("cpu", "wall"))
     shuffled, ordered = (float(np.median(figures[order]["gained"])) for order in ("shuffled", "ordered"))
@@ -380,11 +373,7 @@ def main() -> None:
     size = FULL if arguments.full else small(arguments.rows)
     figures = measure(size, arguments.threads, arguments.rounds)
     print(json.dumps(figures, indent=2))
-    rows = rows_of(figures)
-    for row in rows:
-        print(f"{row.what:46} {row.found:8.3f}   {row.asked:28} {'met' if row.met else 'NOT MET'}")
-    if not all(row.met for row in rows):
-        sys.exit(1)
+    conclude(rows_of(figures))
 
 
 if __name__ == "__main__":

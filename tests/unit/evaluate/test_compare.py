@@ -13,7 +13,7 @@ from pipelines.evaluate.compare import Wanted, compare, contenders, overlap
 from pipelines.index.parts import unit
 from pipelines.remove import Asked, remove
 from pipelines.storage import Store
-from tests.indexed import ENCODER, Item, everything, write_output
+from tests.indexed import ENCODER, Item, everything, key_of, write_output
 from tests.unit.evaluate.outputs import describe, replace_vectors
 
 
@@ -88,6 +88,16 @@ def test_a_query_is_chosen_by_key(compared: tuple[Path, dict[str, Any]]) -> None
     assert [query["key"] for query in compare(rivals, Wanted(keys=[key], agreed=5))["queries"]] == [key]
     with pytest.raises(ConfigError, match="the key nobody"):
         compare(rivals, Wanted(keys=["nobody"]))
+
+
+def test_a_key_that_one_output_lacks_is_told_with_the_output(compared: tuple[Path, dict[str, Any]]) -> None:
+    root, _ = compared
+    rivals = contenders([Store(str(root / "a")), Store(str(root / "b"))], [ENCODER])
+    here, there = key_of(1, 17), key_of(2, 17)
+    document = compare(rivals, Wanted(keys=[here, here], agreed=5))
+    assert [query["key"] for query in document["queries"]] == [here]
+    with pytest.raises(ConfigError, match=rf"No sample of {root / 'a'} with an image has the key {there}"):
+        compare(rivals, Wanted(keys=[here, there]))
 
 
 def test_what_was_taken_down_is_shown_by_none(tmp_path: Path) -> None:

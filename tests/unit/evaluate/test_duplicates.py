@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -18,11 +20,15 @@ from pipelines.evaluate.duplicates import Groups as Joined
 from pipelines.evaluate.duplicates import Sought, find_duplicates, largest_groups
 from pipelines.evaluate.groups import Groups
 from pipelines.evaluate.items import StoredItems, stored
+from pipelines.index.cache import Cache
+from pipelines.index.manifest import IndexShard
 from pipelines.index.recall import unit
 from pipelines.remove import Asked, remove
 from pipelines.storage import Store
 from tests.indexed import ENCODER, everything, key_of, write_output
 from tests.unit.evaluate.outputs import replace_column, replace_vectors
+from tests.unit.index.test_cache import Away
+from tests.unit.index.test_rerank import KEY, Lossy
 from tests.unit.test_search import build_release, write_release
 
 THRESHOLD = 0.9
@@ -90,6 +96,38 @@ def test_an_index_of_vectors_that_are_not_unit_tells_no_cosine(tmp_path: Path) -
     with pytest.raises(ConfigError, match="not of unit length") as refused:
         found_in(tmp_path)
     assert "--exact" in refused.value.fix
+
+
+def test_scores_of_codes_alone_are_no_cosines(tmp_path: Path) -> None:
+    made = Lossy(tmp_path)
+    alone = made.release.model_copy(update={"index_key": KEY, "rerank": None})
+    made.store.put_atomic(f"{alone.folder}/manifest.json", alone.model_dump_json().encode())
+    with pytest.raises(ConfigError, match=f"{re.escape(alone.folder)} holds codes") as refused:
+        found_in(tmp_path)
+    assert "--exact" in refused.value.fix and "--rerank float16" in refused.value.fix
+    assert found_in(tmp_path, exact=True)[0]["groups"] > 0
+
+
+@pytest.mark.parametrize("memory_mib", [0, 4096], ids=["a shard at a time", "at once"])
+def test_what_is_kept_of_an_index_elsewhere_is_read_once(
+    memory_mib: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("pipelines.evaluate.duplicates.QUERIES_AT_ONCE", 50)
+    away, opened = Away(Lossy(tmp_path / "made")), list[str]()
+    real, ranges = Store.open, Store.read_ranges
+    monkeypatch.setattr(Store, "open", lambda store, path, *words: opened.append(path) or real(store, path, *words))
+    monkeypatch.setattr(
+        Store, "read_ranges", lambda store, path, asked: opened.append(path) or ranges(store, path, asked)
+    )
+    sought = Sought(THRESHOLD, exact=False, memory_mib=memory_mib, cache=Cache(tmp_path / "cache", 2**30))
+    assert find_duplicates(away.store, ENCODER, "image", sought)["groups"] > 0
+    files = Counter(path for path in opened if path.startswith("index/") and path.endswith((".faiss", ".npy")))
+    release = away.made.release
+    assert files == {f"{release.folder}/{name}": 1 for each in release.shards for name in names_of(each)}
+
+
+def names_of(shard: IndexShard) -> list[str]:
+    return [shard.file, *([shard.side.file] if shard.side else [])]
 
 
 @pytest.mark.parametrize("metric", ["ip", "l2"])

@@ -17,19 +17,24 @@ import pytest
 from PIL import Image
 
 from pipelines.contracts import REJECTS_PART
+from pipelines.errors import ConfigError
 from pipelines.evaluate.charts import COLOURS
 from pipelines.evaluate.compare import Wanted, compare, contenders
 from pipelines.evaluate.map import coloured, draw_map, positions
-from pipelines.evaluate.report import report
+from pipelines.evaluate.report import _curve, report
 from pipelines.evaluate.retrieval import Asked, evaluate
 from pipelines.evaluate.statistics import statistics
-from pipelines.index.manifest import CurvePoint, Recall
+from pipelines.index.cache import Cache
+from pipelines.index.manifest import Coding, CurvePoint, Latency, Recall, Release, Rerank
+from pipelines.index.parts import unit
 from pipelines.index.release import read_release
 from pipelines.record import read_record
 from pipelines.storage import Store
 from tests.indexed import ENCODER, caption_of, captions_of, everything, write_output
 from tests.unit.evaluate.browser import CHROMIUM, NO_BROWSER, look_at
-from tests.unit.evaluate.outputs import describe
+from tests.unit.evaluate.outputs import describe, replace_vectors
+from tests.unit.index.test_cache import Away
+from tests.unit.index.test_rerank import Lossy
 from tests.unit.test_search import write_release
 
 PARTS, ROWS = 2, 200
@@ -49,6 +54,8 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
     write_curve(store)
     write_training(root)
     evaluate(store, ENCODER, Asked(sample=40))
+    evaluate(store, ENCODER, Asked(protocols=("label",), split="test", sample=40))
+    evaluate(store, ENCODER, Asked(protocols=("captions",), fold=50))
     return root
 
 
@@ -118,10 +125,15 @@ def write_curve(store: Store) -> None:
     release = read_release(store, ENCODER, "image")
     figures = {f"recall@{k}": 0.9 for k in (1, 10, 100)}
     curve = tuple(
-        CurvePoint(search_params=f"nprobe={n}", query_ms=0.1 * n, recall={"image": 0.5 + 0.1 * n}) for n in (1, 2, 4)
+        CurvePoint(search_params=params, query_ms=0.1 * n, recall={"image": 0.2 * n}, reranked={"image": 0.24 * n})
+        for n, params in enumerate(("nprobe=1", "", "nprobe=4"), 1)
     )
     told = release.model_copy(
-        update={"recall": Recall(queries={"image": 10}, figures={"image": figures}), "curve": curve}
+        update={
+            "recall": Recall(queries={"image": 10}, figures={"image": figures}, reranked={"image": figures}),
+            "curve": curve,
+            "latency": {"hits": Latency(queries=9, p50_ms=1.0, p95_ms=2.0, batch_ms=0.5)},
+        }
     )
     store.put_atomic(f"{release.folder}/manifest.json", told.model_dump_json().encode())
 
@@ -172,9 +184,62 @@ def test_the_report_tells_what_the_output_has(root: Path, pages: dict[str, Path]
     assert document["samples"] == document["images"] == PARTS * ROWS
     assert [told["loss"] for told in document["training"][ENCODER]["epochs"]] == [1 / at for at in range(1, 5)]
     assert document["rejects"][ENCODER] == {"truncated_image": 3 * PARTS, "not_utf8": PARTS}
-    assert document["evaluations"][ENCODER]["results"] and document["indexes"][f"{ENCODER}/image"]["release"] == "v0001"
+    names = [(each["protocol"], each["split"], each["fold"]) for each in document["evaluations"][ENCODER]]
+    assert names == [("captions", None, 50), ("captions", None, None), ("label", None, None), ("label", "test", None)]
+    assert document["indexes"][f"{ENCODER}/image"]["release"] == "v0001"
     assert document["runs"][0]["pace"][-1] == {"seconds": 9.0, "rows": {"read": 450.0, "write": 360.0}}
     assert [run["run"] for run in document["runs"]] == ["20260102T000000Z-00000000", "20260101T000000Z-00000000"]
+
+
+def test_every_evaluation_is_on_the_page(pages: dict[str, Path]) -> None:
+    html = pages["report"].read_text()
+    document = json.loads(pages["report"].with_name("report.json").read_text())
+    for told in (
+        "<h3>captions: image → text, folds of 50</h3>",
+        "<h3>label: image → image, split test</h3>",
+        "queries in 50, mean of",
+        "release v0001 holds",
+        "have nothing to find",
+        "<td>precision@1</td>",
+        "<td>precision@10</td>",
+        "<td>mean rank</td>",
+    ):
+        assert told in html, told
+    for each in document["evaluations"][ENCODER]:
+        assert f"made {each['made']}" in html
+
+
+def test_report_json_has_what_the_page_shows(root: Path, pages: dict[str, Path]) -> None:
+    store = Store(str(root / "out"))
+    document = json.loads(pages["report"].with_name("report.json").read_text())
+    release, told = read_release(store, ENCODER, "image"), document["indexes"][f"{ENCODER}/image"]
+    assert (told["index_key"], told["search_params"]) == (release.index_key, release.search_params)
+    assert told["bytes_per_vector"] == release.bytes_per_vector and told["query_ms"] == release.query_ms
+    assert [CurvePoint(**point) for point in told["curve"]] == [*release.curve]
+    assert told["latency"] == {name: each.model_dump() for name, each in release.latency.items()}
+    assert document["encoders"][ENCODER]["fingerprint"] == read_record(store).encoders[ENCODER].fingerprint
+    sides = document["statistics"]["sides"]
+    assert sum(sides["counts"]) == PARTS * ROWS and len(sides["edges"]) == len(sides["counts"]) + 1
+    examples = document["reject_examples"][ENCODER]
+    assert [each["key"] for each in examples["truncated_image"]] == ["bad 0", "bad 1", "bad 2"]
+    by_image, by_text = document["searches"][ENCODER]
+    assert (by_image["asks"], by_text["asks"], by_image["release"]) == ("image", "text", "v0001")
+    keys = {item.key for item in everything(root / "out", "image")[0]}
+    for query in (*by_image["queries"], *by_text["queries"]):
+        scores = [hit["score"] for hit in query["hits"]]
+        assert query["key"] in keys and {hit["key"] for hit in query["hits"]} < keys
+        assert len(scores) == 6 and scores == sorted(scores, reverse=True)
+    assert all(query["key"] not in [hit["key"] for hit in query["hits"]] for query in by_image["queries"])
+
+
+def test_the_curve_is_of_the_index_alone_and_re_ranked_with_a_ring_around_what_was_chosen(root: Path) -> None:
+    release = read_release(Store(str(root / "out")), ENCODER, "image")
+    rerank = Rerank(coding=Coding(dtype="float16"), factor=4, query_ms=0.1)
+    alone, both = str(_curve(release)), str(_curve(release.model_copy(update={"rerank": rerank})))
+    assert "on one thread" in alone and ("re-ranked" in alone, "re-ranked" in both) == (False, True)
+    assert (alone.count("stroke-dasharray"), both.count("stroke-dasharray") > 0) == (0, True)
+    unmeasured: Release = release.model_copy(update={"curve": ()})
+    assert _curve(unmeasured) is None
 
 
 def test_what_samples_say_is_never_markup(pages: dict[str, Path]) -> None:
@@ -243,6 +308,46 @@ def test_a_map_keeps_groups_apart_and_is_seeded() -> None:
     assert (own[apart.argmin(axis=1)] == own).all() and np.array_equal(found, positions(vectors, 0))
 
 
+def test_a_map_is_of_cosines_though_all_vectors_lean_one_way() -> None:
+    """Two groups on either side of the mean are near each other, and far from those beyond them; centred, each would be
+    near to what lies beyond it."""
+    random = np.random.default_rng(0)
+    angles = np.radians(np.repeat([-10.0, -1.0, 1.0, 10.0], 15))
+    vectors = np.zeros((60, 16))
+    vectors[:, 0], vectors[:, 1] = np.cos(angles), np.sin(angles)
+    found = positions(unit(vectors + 5e-4 * random.normal(size=vectors.shape)), 0)
+    left, near_left, near_right, right = found.reshape(4, 15, 2).mean(axis=1)
+    between = np.linalg.norm(near_left - near_right)
+    assert between < np.linalg.norm(left - near_left) and between < np.linalg.norm(right - near_right)
+
+
+def test_a_map_is_the_same_whatever_the_length(tmp_path: Path) -> None:
+    store = write_output(tmp_path, parts=1, rows=40)
+    before = draw_map(store, ENCODER)["points"]
+    replace_vectors(
+        tmp_path / "embeddings" / ENCODER / "image",
+        lambda vectors: vectors * 2.0 ** (np.arange(len(vectors)) % 5)[:, None],
+    )
+    assert draw_map(store, ENCODER)["points"] == before
+
+
+def test_a_map_is_by_label_where_these_can_be_told_apart(tmp_path: Path) -> None:
+    store = write_output(tmp_path, parts=1, rows=80)
+
+    def by(**asked: Any) -> str:
+        document = draw_map(store, ENCODER, **asked)
+        assert all(("cluster" in point["group"]) == (document["by"] == "cluster") for point in document["points"])
+        return str(document["by"])
+
+    assert by() == "cluster"
+    with pytest.raises(ConfigError, match="has a label"):
+        by(by="label")
+    describe(tmp_path, lambda row: (f"label {row % 50}", {}))
+    assert (by(), by(by="cluster")) == ("label", "cluster")
+    describe(tmp_path, lambda row: (f"label {row % 60}", {}))
+    assert (by(), by(by="label")) == ("cluster", "label")
+
+
 @pytest.mark.skipif(not CHROMIUM, reason=NO_BROWSER)
 def test_the_browser_would_tell(tmp_path: Path) -> None:
     page = tmp_path / "page.html"
@@ -262,6 +367,12 @@ def test_statistics_are_counted_part_by_part(root: Path) -> None:
     assert told.captions.tolist()[:4] == [captions.count(count) for count in range(4)]
     assert told.words.sum() == sum(captions) and told.sides.sum() == PARTS * ROWS
     assert sum(told.labels.values()) == sum(row % 10 != 9 for row in range(ROWS)) * PARTS
+
+
+def test_files_of_an_index_elsewhere_are_kept(tmp_path: Path) -> None:
+    away, cache = Away(Lossy(tmp_path / "made")), Cache(tmp_path / "cache", 2**30)
+    report(away.store, cache=cache)
+    assert {path.name for path in cache.folder.iterdir()} == {file.sha256 for file in away.made.release.files}
 
 
 def test_an_output_with_next_to_nothing_has_a_report_too(tmp_path: Path) -> None:

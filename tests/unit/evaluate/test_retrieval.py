@@ -11,13 +11,19 @@ import numpy as np
 import pytest
 
 from pipelines.errors import ConfigError
+from pipelines.evaluate.kept import evaluations, kept_in, name_of
 from pipelines.evaluate.metrics import of_whole, ranked
 from pipelines.evaluate.ranking import Room
-from pipelines.evaluate.retrieval import Asked, evaluate, kept_at, wrong_first
+from pipelines.evaluate.retrieval import Asked, evaluate, wrong_first
+from pipelines.index.cache import Cache
+from pipelines.index.recall import Top
+from pipelines.index.release import finish, read_release
 from pipelines.record import read_record, write_record
 from pipelines.storage import Store
 from tests.indexed import ENCODER, Item, everything, write_output
 from tests.unit.evaluate.outputs import describe, described, label_of, replace_vectors
+from tests.unit.index.test_cache import Away
+from tests.unit.index.test_rerank import Lossy
 from tests.unit.test_search import write_release
 
 
@@ -132,12 +138,40 @@ def test_a_release_is_evaluated_that_is_not_current(tmp_path: Path) -> None:
     assert refused.value.fix == "There are: v0001."
 
 
+def test_a_release_that_one_of_the_indexes_has_is_told_of_the_others(tmp_path: Path) -> None:
+    store = write_release(tmp_path, parts=1)
+    made = read_release(store, ENCODER, "image")
+    finish(store, made.model_copy(update={"modality": "text", "version": "v0002"}))
+    said: list[str] = []
+    asked = Asked(protocols=("captions",), sample=50, release="v0001")
+    to_text, to_image = evaluate(store, ENCODER, asked, said.append)["results"]
+    assert to_text["through"] is None and to_image["through"]["release"] == "v0001"
+    assert said[1:2] == ["the index of text vectors is left out: it has no release v0001"]
+
+
+def test_files_of_an_index_elsewhere_are_kept(tmp_path: Path) -> None:
+    away, cache = Away(Lossy(tmp_path / "made")), Cache(tmp_path / "cache", 2**30)
+    asked = Asked(protocols=("captions",), sample=50, cache=cache)
+    assert evaluate(away.store, ENCODER, asked)["results"][1]["through"]["release"] == "v0001"
+    assert {path.name for path in cache.folder.iterdir()} == {file.sha256 for file in away.made.release.files}
+
+
 def test_of_equal_scores_what_is_wrong_comes_first() -> None:
     scores = np.array([[0.9, 0.5, 0.5, 0.5, 0.1], [0.7, 0.7, 0.7 - 1e-7, 0.2, 0.2]], np.float32)
     hits = np.array([[True, True, False, True, False], [True, False, False, True, False]])
-    assert wrong_first(hits, scores).tolist() == [[1, 0, 1, 1, 0], [0, 0, 1, 0, 1]]
+    ids = np.arange(5) + np.zeros((2, 1), np.int64)
+    assert wrong_first(hits, Top(ids, scores)).tolist() == [[1, 0, 1, 1, 0], [0, 0, 1, 0, 1]]
     # The smallest first, as of distances.
-    assert wrong_first(hits, -scores).tolist() == wrong_first(hits, scores).tolist()
+    assert wrong_first(hits, Top(ids, -scores)).tolist() == wrong_first(hits, Top(ids, scores)).tolist()
+
+
+@pytest.mark.parametrize("sign", [1, -1], ids=["similarities", "distances"])
+def test_places_of_nothing_come_last(sign: int) -> None:
+    """Also after a hit of score 0."""
+    scores = sign * np.array([[0.9, 0.5, -np.inf, -np.inf], [0.5, 0.0, -np.inf, -np.inf]], np.float32)
+    hits = np.array([[False, True, False, False], [True, True, False, False]])
+    top = Top(np.where(np.isinf(scores), -1, np.arange(4)), scores)
+    assert wrong_first(hits, top).tolist() == hits.tolist()
 
 
 def test_what_an_index_does_not_find_is_its_loss(root: Path, tmp_path: Path) -> None:
@@ -174,7 +208,44 @@ def test_a_sample_of_queries_is_near_all_of_them_and_seeded(root: Path) -> None:
 def test_what_fits_is_chosen_and_kept_as_json(root: Path) -> None:
     document = evaluate(Store(str(root)), ENCODER, Asked(sample=50))
     assert [each["protocol"] for each in document["results"]] == ["captions", "captions", "label"]
-    assert json.loads((root / kept_at(ENCODER)).read_text()) == document
+    captions, label = (
+        json.loads((root / kept_in(ENCODER) / f"{name}.json").read_text()) for name in ("captions", "label")
+    )
+    assert (captions["protocol"], label["protocol"]) == ("captions", "label")
+    assert captions["results"] + label["results"] == document["results"]
+    assert {**captions, **document} == {**captions, "results": document["results"]}
+
+
+def test_no_evaluation_takes_the_place_of_another(tmp_path: Path) -> None:
+    store = write_output(tmp_path, parts=1)
+    describe(tmp_path)
+    runs: list[dict[str, Any]] = [
+        {"protocols": ("captions",)},
+        {"protocols": ("captions",), "split": "test"},
+        {"fold": 20},
+        {"fold": 20, "split": "test", "seed": 3},
+        {"identity": "id", "sample": 50},
+    ]
+    for asked in runs:
+        evaluate(store, ENCODER, Asked(index=False, **asked))
+    found = {name_of(each["protocol"], each["split"], each["fold"]): each for each in evaluations(store, ENCODER)}
+    assert [*found] == [
+        "captions.fold-20.json",
+        "captions.json",
+        "captions.split-test.fold-20.json",
+        "captions.split-test.json",
+        "identity.json",
+        "label.json",
+    ]
+    assert {path.name for path in (tmp_path / kept_in(ENCODER)).iterdir()} == {*found}
+    assert (found["identity.json"]["identity"], found["identity.json"]["sample"]) == ("id", 50)
+    assert found["captions.split-test.fold-20.json"]["seed"] == 3
+
+
+def test_a_split_of_whatever_name_has_a_file_of_its_own() -> None:
+    names = [("a", 3), ("a.fold-3", None), ("a/b", None), ("a%2Fb", None), ("", None), (None, None)]
+    assert len({name_of("label", *each) for each in names}) == len(names)
+    assert name_of("label", "a/b.c ü", 3) == "label.split-a%2Fb%2Ec%20%C3%BC.fold-3.json"
 
 
 def protocols_of(root: Path, said: list[str], **asked: Any) -> list[str]:

@@ -11,7 +11,7 @@ import faiss
 import numpy as np
 import pytest
 
-from jobs.search import DEFAULT_CACHE, cache_of
+from jobs.options import DEFAULT_CACHE, cache_of
 from pipelines.errors import IndexBuildError
 from pipelines.index import cache as cache_module
 from pipelines.index.cache import Cache, UnwritableError, opened_shard

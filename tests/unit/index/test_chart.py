@@ -2,7 +2,9 @@ import subprocess
 import sys
 from xml.etree import ElementTree
 
-from pipelines.index.chart import lines, svg
+from matplotlib.figure import Figure
+
+from pipelines.index.chart import draw, lines, svg
 from pipelines.index.manifest import Coding, CurvePoint, Recall, Release, Rerank
 from tests.unit.index.test_release import release
 
@@ -34,6 +36,15 @@ def test_every_point_of_the_curve_is_drawn_by_the_time_that_it_takes() -> None:
     assert drawn["image queries"] == (True, [(0.5, 0.2), (1.2, 0.5), (1.5, 0.42)], (1.5, 0.42))
     assert drawn["image queries, re-ranked"] == (False, [(0.75, 0.3), (1.45, 0.97), (1.75, 0.92)], (1.75, 0.92))
     assert [label for label, *_ in lines(measured(False))] == ["image queries", "text queries"]
+
+
+def test_what_was_chosen_has_a_ring_and_what_is_not_re_ranked_a_dashed_line() -> None:
+    axes = Figure().subplots()
+    draw(axes, measured(True))
+    curves, rings = axes.lines[::2], axes.lines[1::2]
+    assert [curve.is_dashed() for curve in curves] == [dashed for _, _, dashed, _, _ in lines(measured(True))]
+    assert [ring.get_fillstyle() for ring in rings] == ["none"] * len(curves)
+    assert [tuple(*ring.get_xydata()) for ring in rings] == [chosen for *_, chosen in lines(measured(True))]
 
 
 def test_a_chart_is_whole_and_the_same_for_the_same_figures() -> None:

@@ -234,6 +234,12 @@ def test_a_mistaken_search_is_told(vecmill: Vecmill, output: Path, words: list[s
     assert_refused(vecmill("search", str(output), *words), told)
 
 
+@pytest.mark.parametrize("words", [["search", "--text", "a"], ["duplicates"], ["evaluate"], ["report"]])
+def test_a_mistaken_size_of_the_cache_is_told(vecmill: Vecmill, output: Path, words: list[str]) -> None:
+    said = vecmill(words[0], str(output), *words[1:], "--cache-size", "much")
+    assert_refused(said, "--cache-size: 'much' is not a size")
+
+
 @pytest.mark.parametrize("line", ['{"txt": "a"}', '{"text": 5}', '{"text": "\\ud800"}', '["a"]', "null", "a", "{"])
 def test_a_mistaken_line_of_queries_is_told(vecmill: Vecmill, output: Path, line: str) -> None:
     Path("bad.jsonl").write_text(f'{{"text": "a"}}\n\n{line}\n')
