@@ -130,8 +130,11 @@ def _of_itself(side: Side, sample: int, seed: int) -> tuple[Drawn, Drawn]:
 
 def _in_pairs(one: Side, other: Side, sample: int, seed: int) -> tuple[Drawn, Drawn]:
     """Rows, and for each a column of the same sample; of the same key, where the outputs are two."""
-    by = "sample" if one.store.root == other.store.root else "key"
-    mine, theirs = (stored(side.store, side.encoder, side.modality, Groups(side.store, by)) for side in (one, other))
+    # Samples of one output have the same codes only in the same Groups; keys have theirs everywhere.
+    same = Groups(one.store) if one.store.root == other.store.root else None
+    mine, theirs = (
+        stored(side.store, side.encoder, side.modality, same or Groups(side.store, "key")) for side in (one, other)
+    )
     ids, _ = draw(mine, sample, seed)
     partners = first_with(theirs, codes_of(mine, ids))
     ids, partners = ids[partners != OUTSIDE], partners[partners != OUTSIDE]

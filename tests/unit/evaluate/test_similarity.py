@@ -22,7 +22,7 @@ from pipelines.evaluate.thumbnails import thumbnail
 from pipelines.index.parts import unit
 from pipelines.record import read_record
 from pipelines.storage import Store
-from tests.indexed import ENCODER, everything, write_output
+from tests.indexed import ENCODER, everything, part_name, write_output
 from tests.unit.evaluate.outputs import describe, label_of, replace_column, replace_vectors
 
 
@@ -113,6 +113,13 @@ def test_two_outputs_meet_by_key(root: Path, tmp_path: Path) -> None:
     write_output(other, parts=1, first=9)
     with pytest.raises(ConfigError, match="no sample in common"):
         similarity(side(root, "image"), side(other, "image"))
+
+
+def test_samples_meet_though_shards_have_not_all_modalities(tmp_path: Path) -> None:
+    """A shard without captions has no part of them that would hold one."""
+    write_output(tmp_path, parts=4)
+    (tmp_path / "embeddings" / ENCODER / "text" / part_name(0)).unlink()
+    assert similarity(side(tmp_path, "image"), side(tmp_path, "text"), sample=100)["auc"] > 0.9
 
 
 def test_what_cannot_be_compared_is_refused_with_the_reason(root: Path, tmp_path: Path) -> None:
