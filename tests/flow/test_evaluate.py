@@ -126,23 +126,25 @@ def groups_in(store: Store) -> set[frozenset[str]]:
     return {frozenset(row["key"] for row in rows if row["group"] == number) for number in numbers}
 
 
-def test_in_a_bucket_the_same_lands_there(output: str, in_bucket: tuple[str, Store]) -> None:
+def test_in_a_bucket_the_same_lands_there(output: str, in_bucket: tuple[str, Store], tmp_path: Path) -> None:
     recipe, store = in_bucket
     store.delete_folder("evaluations")
-    found = told("evaluate", recipe)
+    cache = ("--cache", str(tmp_path / "cache"))
+    found = told("evaluate", recipe, *cache)
     assert kept_results(store) == found["results"]
     here = told("evaluate", output, "--encoder", "demo")
     assert found["results"] == here["results"]
-    assert "s3://evaluated/out/report/report.html" in vecmill("report", recipe)
+    assert "s3://evaluated/out/report/report.html" in vecmill("report", recipe, *cache)
     assert b"</html>" in store.read("report/report.html") and json.loads(store.read("report/report.json"))["samples"]
 
-    printed = vecmill("duplicates", recipe, "--threshold", "0.999")
+    printed = vecmill("duplicates", recipe, "--threshold", "0.999", *cache)
+    assert any((tmp_path / "cache").iterdir()), "index files are read once"
     assert groups_in(store) == PAIRS
     command = next(line.split() for line in printed.splitlines() if line.startswith("  vecmill remove"))
     assert command[-1] == "s3://evaluated/out/duplicates/demo/image/remove.txt"
     taken = told(*command[1:])
     assert {row["key"] for row in taken["removed"]} == {f"copies-{at}" for at in COPIES}
-    assert told("duplicates", recipe, "--threshold", "0.999")["items"] == SCENES and groups_in(store) == set()
+    assert told("duplicates", recipe, "--threshold", "0.999", *cache)["items"] == SCENES and groups_in(store) == set()
 
 
 def test_similarity_separates_what_belongs_together(output: str) -> None:
