@@ -9,7 +9,7 @@ from typing import Any
 from pipelines.index.manifest import Release
 
 # Okabe and Ito's, which the colour-blind tell apart too. One a kind of query.
-COLOURS = ("#0072b2", "#d55e00", "#009e73")
+COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7")
 
 
 def svg(release: Release) -> bytes:
