@@ -124,7 +124,8 @@ def print_hits(hits: list[Hit]) -> None:
 
 
 def tell_recall(store: Store) -> None:
-    from pipelines.evaluate.retrieval import Asked, measured
+    from pipelines.evaluate.protocols import Asked
+    from pipelines.evaluate.retrieval import measured
 
     for found in measured(store, "demo", Asked(protocols=("captions",), index=False)):
         told = ", ".join(f"R@{k} {found.figures[f'recall@{k}']:.1%}" for k in (1, 5, 10))

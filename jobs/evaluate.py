@@ -24,7 +24,7 @@ from pipelines.evaluate.kept import kept_in, sentence
 from pipelines.search import choose_encoder
 
 if TYPE_CHECKING:
-    from pipelines.evaluate.retrieval import Protocol
+    from pipelines.evaluate.protocols import Protocol
 
 Release = Annotated[str | None, typer.Option(help="Release of the index figures; the current one if left out.")]
 Split = Annotated[
@@ -91,8 +91,8 @@ def evaluate(
 
     Example: vecmill evaluate s3://bucket/emb --queries test
     """
+    from pipelines.evaluate.protocols import Asked
     from pipelines.evaluate.ranking import Room
-    from pipelines.evaluate.retrieval import Asked
     from pipelines.evaluate.retrieval import evaluate as evaluate_output
 
     named = named_output(output)
@@ -119,7 +119,7 @@ def evaluate(
 
 
 def known(given: list[str] | None) -> tuple[Protocol, ...]:
-    from pipelines.evaluate.retrieval import PROTOCOLS
+    from pipelines.evaluate.protocols import PROTOCOLS
 
     if unknown := [name for name in given or [] if name not in PROTOCOLS]:
         raise ConfigError(f"--protocol {unknown[0]} is not known", f"Known: {', '.join(PROTOCOLS)}.")

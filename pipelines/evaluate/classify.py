@@ -23,7 +23,7 @@ from ray.data import DataContext
 from pipelines.errors import ConfigError
 from pipelines.evaluate.groups import read_samples
 from pipelines.evaluate.items import require_one_vector
-from pipelines.evaluate.retrieval import require_comparable
+from pipelines.evaluate.protocols import require_comparable
 from pipelines.failures import plain_errors
 from pipelines.index.parts import (
     Parts,

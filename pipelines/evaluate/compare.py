@@ -15,7 +15,8 @@ from pipelines.errors import ConfigError, InputError
 from pipelines.evaluate.groups import OUTSIDE, Groups, code_of_key
 from pipelines.evaluate.items import StoredItems, codes_of, collect_any, draw, first_with, is_unit, places_of, stored
 from pipelines.evaluate.pages import page, shown
-from pipelines.evaluate.retrieval import Asked, measured
+from pipelines.evaluate.protocols import Asked
+from pipelines.evaluate.retrieval import measured
 from pipelines.evaluate.thumbnails import samples_at, thumbnails
 from pipelines.index.parts import Ids, batches
 from pipelines.index.recall import Top, exact, without

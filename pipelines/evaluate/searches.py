@@ -10,7 +10,7 @@ from pipelines.contracts import Modality
 from pipelines.errors import VecmillError
 from pipelines.evaluate.groups import Groups
 from pipelines.evaluate.items import ItemPlace, collect, draw, stored
-from pipelines.evaluate.retrieval import require_comparable
+from pipelines.evaluate.protocols import require_comparable
 from pipelines.evaluate.thumbnails import samples_at
 from pipelines.index.cache import Cache
 from pipelines.index.release import latest_or_none

@@ -21,8 +21,9 @@ from typing import Any
 
 import numpy as np
 
+from pipelines.evaluate.protocols import Asked
 from pipelines.evaluate.ranking import Room
-from pipelines.evaluate.retrieval import Asked, measured
+from pipelines.evaluate.retrieval import measured
 from pipelines.index.parts import unit
 from pipelines.storage import Store
 from tests.bench.duplicates import CLUSTERS, DIM, around

@@ -21,8 +21,10 @@ from pipelines.errors import ConfigError
 from pipelines.evaluate.charts import COLOURS
 from pipelines.evaluate.compare import Wanted, compare, contenders
 from pipelines.evaluate.map import coloured, draw_map, positions
-from pipelines.evaluate.report import _curve, report
-from pipelines.evaluate.retrieval import Asked, evaluate
+from pipelines.evaluate.protocols import Asked
+from pipelines.evaluate.report import report
+from pipelines.evaluate.report_page import curve
+from pipelines.evaluate.retrieval import evaluate
 from pipelines.evaluate.statistics import statistics
 from pipelines.index.cache import Cache
 from pipelines.index.manifest import Coding, CurvePoint, Latency, Recall, Release, Rerank
@@ -51,7 +53,7 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
     give_pictures(root)
     write_rejects(root / "out")
     write_run_report(root / "out")
-    write_curve(store)
+    writecurve(store)
     write_training(root)
     evaluate(store, ENCODER, Asked(sample=40))
     evaluate(store, ENCODER, Asked(protocols=("label",), split="test", sample=40))
@@ -121,7 +123,7 @@ def write_run_report(out: Path) -> None:
         (out / "reports" / f"{run}.json").write_text(json.dumps(told))
 
 
-def write_curve(store: Store) -> None:
+def writecurve(store: Store) -> None:
     release = read_release(store, ENCODER, "image")
     figures = {f"recall@{k}": 0.9 for k in (1, 10, 100)}
     curve = tuple(
@@ -235,11 +237,11 @@ def test_report_json_has_what_the_page_shows(root: Path, pages: dict[str, Path])
 def test_the_curve_is_of_the_index_alone_and_re_ranked_with_a_ring_around_what_was_chosen(root: Path) -> None:
     release = read_release(Store(str(root / "out")), ENCODER, "image")
     rerank = Rerank(coding=Coding(dtype="float16"), factor=4, query_ms=0.1)
-    alone, both = str(_curve(release)), str(_curve(release.model_copy(update={"rerank": rerank})))
+    alone, both = str(curve(release)), str(curve(release.model_copy(update={"rerank": rerank})))
     assert "on one thread" in alone and ("re-ranked" in alone, "re-ranked" in both) == (False, True)
     assert (alone.count("stroke-dasharray"), both.count("stroke-dasharray") > 0) == (0, True)
     unmeasured: Release = release.model_copy(update={"curve": ()})
-    assert _curve(unmeasured) is None
+    assert curve(unmeasured) is None
 
 
 def test_what_samples_say_is_never_markup(pages: dict[str, Path]) -> None:

@@ -13,8 +13,10 @@ import pytest
 from pipelines.errors import ConfigError
 from pipelines.evaluate.kept import evaluations, kept_in, name_of
 from pipelines.evaluate.metrics import of_whole, ranked
+from pipelines.evaluate.protocols import Asked
 from pipelines.evaluate.ranking import Room
-from pipelines.evaluate.retrieval import Asked, evaluate, wrong_first
+from pipelines.evaluate.retrieval import evaluate
+from pipelines.evaluate.through_index import wrong_first
 from pipelines.index.cache import Cache
 from pipelines.index.recall import Top
 from pipelines.index.release import finish, read_release
@@ -281,7 +283,7 @@ def test_memory_decides_nothing_but_the_time(root: Path, monkeypatch: pytest.Mon
 
     roomy = result(root, protocols=("label",))
     # Four queries at once.
-    monkeypatch.setattr("pipelines.evaluate.retrieval.CANDIDATE_BYTES", 4 * 2**20)
+    monkeypatch.setattr("pipelines.evaluate.through_index.CANDIDATE_BYTES", 4 * 2**20)
     tight = result(root, protocols=("label",), room=Tight(64))
     assert roomy["figures"] == pytest.approx(tight["figures"])
     for name in ("found", "exact"):
