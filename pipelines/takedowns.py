@@ -262,11 +262,6 @@ def requests(store: Store) -> dict[str, bool]:
     return {id: f"{id}{_COMPACTED}" in names for id in ids}
 
 
-def compacted(store: Store) -> tuple[str, ...]:
-    """Requests of which no part has a sample any more, oldest first."""
-    return tuple(id for id, is_compacted in requests(store).items() if is_compacted)
-
-
 def read_takedowns(store: Store, but: Collection[str] = ()) -> Takedowns:
     """One listing; what was read before is remembered in this process. but: requests that are left out.
 

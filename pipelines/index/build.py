@@ -27,7 +27,7 @@ from pipelines.lease import held
 from pipelines.ledger import finish as finish_begun
 from pipelines.record import read_record
 from pipelines.storage import Store
-from pipelines.takedowns import compacted, read_takedowns
+from pipelines.takedowns import read_takedowns, requests
 
 
 def build_index(
@@ -55,9 +55,10 @@ def build_index(
         require_one_vector(parts, encoder, modality)
         return parts
 
+    # Before parts are written without them and listed, which then hold nothing of these.
+    dropped = tuple(requests(store))
     drop_removed(store, progress, lambda: make_plan(listed(), settings))
-    # Before the parts are listed, which then hold nothing of these.
-    dropped, parts = compacted(store), listed()
+    parts = listed()
     if latest and not force and is_current(latest, parts, settings, fingerprint):
         progress(f"{latest.folder} is up to date: the same parts and settings (--force builds it again)")
         return settle(store, latest, settings, progress)

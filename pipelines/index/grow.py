@@ -55,8 +55,9 @@ def update_index(
     that it fills an index shard with. Raises: ConfigError for settings that only a new build can have,
     IndexBuildError where there is nothing to add to, NotPublishedError.
     """
-    base = latest_or_none(store, encoder, modality) or newest_or_none(store, encoder, modality)
-    if base is None:
+    newest = newest_or_none(store, encoder, modality)
+    base = latest_or_none(store, encoder, modality) or newest
+    if base is None or newest is None:
         raise IndexBuildError(
             f"There is no index of {store.uri()}, {encoder}, {modality} to add to", "Run `vecmill index` first."
         )
@@ -64,11 +65,12 @@ def update_index(
     settings, fingerprint = settings_of(store, base, given), recorded_fingerprint(store, encoder)
     require_same(base, settings, fingerprint)
     drop_removed(store, progress)
-    grown = list_grown(store, base.parts)
-    if grown == base.parts:
-        progress(f"{base.folder} has all parts there are: nothing to add")
-        return settle(store, base, settings, progress)
-    parts, id_space = ids_of(store, base, grown)
+    # An update of the base that was turned down is not built again as long as it would be the same.
+    for each in (base, newest) if newest.grown_from == base.version else (base,):
+        if list_grown(store, each.parts) == each.parts:
+            progress(f"{each.folder} has all parts there are: nothing to add")
+            return settle(store, each, settings, progress)
+    parts, id_space = ids_of(store, base, newest, list_grown(store, base.parts))
     asked = require_base(store, base, parts)
     plan = plan_update(base, parts, settings)
     digest = digest_of(plan, settings, fingerprint, base.version)
@@ -77,14 +79,13 @@ def update_index(
         return build_and_settle(Update(attempt, base, asked, plan, settings), id_space, fingerprint, progress, timed)
 
 
-def ids_of(store: Store, base: Release, grown: Parts) -> tuple[Parts, int | None]:
+def ids_of(store: Store, base: Release, newest: Release, grown: Parts) -> tuple[Parts, int | None]:
     """The parts that are there now with their ids, and the id space that these are of, None for one of their own.
 
-    grown: those of the base, and what follows. A newer release that is passed over has given ids to parts as well: they
-    keep them, and where they cannot, since some have gone again, the ids are of no space that there was.
+    grown: those of the base, and what follows. The newest release, where it is passed over, has given ids to parts as
+    well: they keep them, and where they cannot, since some have gone again, the ids are of no space that there was.
     """
-    newest = newest_or_none(store, base.encoder, base.modality)
-    if newest is None or newest.version == base.version or newest.id_space != base.id_space:
+    if newest.version == base.version or newest.id_space != base.id_space:
         return grown, base.id_space
     given, known = list_grown(store, newest.parts), len(base.parts.ranges)
     stays = given.ranges[:known] == grown.ranges[:known] and not any(part.gone for part in given.ranges[known:])

@@ -15,12 +15,24 @@ from pipelines.index.grow import update_index
 from pipelines.index.manifest import Release
 from pipelines.index.measure import draw_samples
 from pipelines.index.parts import NoVectorsError
+from pipelines.index.publish import rollback
 from pipelines.index.recall import exact, recall_at, without
 from pipelines.index.release import read_release
 from pipelines.index.tune import full_probe
+from pipelines.remove import Asked, remove
 from pipelines.search import Searcher
 from pipelines.storage import Store
-from tests.indexed import ENCODER, VERSION, everything, part_name, shard_id, write_images, write_output, write_shard
+from tests.indexed import (
+    ENCODER,
+    VERSION,
+    everything,
+    key_of,
+    part_name,
+    shard_id,
+    write_images,
+    write_output,
+    write_shard,
+)
 
 HOME = f"index/{ENCODER}/image"
 SETTINGS = IndexConfig(
@@ -117,6 +129,45 @@ def return_of_a_part(root: Path, store: Store) -> None:
     require_found(root, store)
     whole = build_index(store, ENCODER, "image", SETTINGS)
     assert whole.id_space == 2 and whole.parts.rows == whole.parts.standing == last.parts.standing
+
+
+def test_after_a_rollback_what_comes_is_added_to_the_release_that_is_searched(ray_local: str, tmp_path: Path) -> None:
+    """With it what the other had added, under the ids that it gave."""
+    store = write_output(tmp_path, parts=2)
+    first = build_index(store, ENCODER, "image", SETTINGS)
+    write_output(tmp_path, parts=1, first=5)
+    second = update_index(store, ENCODER, "image", {})
+    rollback(store, ENCODER, "image")
+    assert update_index(store, ENCODER, "image", {}) == second and current_version(store, HOME) == first.version
+    write_output(tmp_path, parts=1, first=4)
+    third = update_index(store, ENCODER, "image", {})
+    assert (third.version, third.grown_from, current_version(store, HOME)) == ("v0003", "v0001", "v0003")
+    assert third.parts.ranges[:3] == second.parts.ranges and third.parts.ranges[3].name == part_name(4)
+    assert third.id_space == first.id_space and third.shards[:2] == first.shards
+    require_found(tmp_path, store)
+
+
+def test_a_shard_that_changes_is_updated_like_any_other_whatever_was_once_taken_down_of_it(
+    ray_local: str, tmp_path: Path
+) -> None:
+    store = write_output(tmp_path, parts=3)
+    build_index(store, ENCODER, "image", SETTINGS)
+    remove(store, Asked([key_of(1, 3)]), "", "")
+    clean = build_index(store, ENCODER, "image", SETTINGS)
+    assert clean.dropped and clean.parts.rows == 3 * 188 - 1
+    changed = clean.parts.ranges[1]
+    for folder in (*(f"embeddings/{ENCODER}/{modality}" for modality in ("image", "text")), "samples"):
+        (tmp_path / folder / changed.name).unlink()
+    write_shard(tmp_path, 1, 200, 16, 7, "float16", ENCODER, 64, generation=2)
+    grown = update_index(store, ENCODER, "image", {})
+    assert [(part.name, part.gone) for part in grown.parts.ranges] == [
+        (part_name(0), False),
+        (changed.name, True),
+        (part_name(2), False),
+        (part_name(1, 2), False),
+    ]
+    assert grown.grown_from == clean.version and grown.id_space == clean.id_space
+    require_found(tmp_path, store)
 
 
 def test_an_update_reads_no_vector_of_old_parts(ray_local: str, tmp_path: Path) -> None:

@@ -6,14 +6,15 @@ import pytest
 
 from pipelines.config import IndexConfig
 from pipelines.index.build import recorded_fingerprint
+from pipelines.index.current import current_version
 from pipelines.index.grow import ids_of, plan_update, settings_of, update_index
 from pipelines.index.manifest import MANIFEST, Release
 from pipelines.index.parts import list_grown
-from pipelines.index.publish import publish, rollback
+from pipelines.index.publish import NotPublishedError, publish, rollback
 from pipelines.index.release import finish, read_release
 from pipelines.storage import Store
 from tests.indexed import ENCODER, part_name, write_shard
-from tests.unit.index.test_publish import another
+from tests.unit.index.test_publish import HOME, another
 from tests.unit.test_search import write_release
 
 
@@ -48,6 +49,24 @@ def test_what_was_turned_down_is_passed_over(store: Store, how: str) -> None:
     assert found.version == "v0001" and "has all parts there are" in said[0]
 
 
+@pytest.mark.parametrize("how", ["barred", "rolled back"])
+def test_an_update_that_was_turned_down_is_not_built_again_before_something_has_come(store: Store, how: str) -> None:
+    base = first(store)
+    add_shards(store, 7)
+    for shard in base.shards:
+        store.copy(f"{base.folder}/{shard.file}", f"{HOME}/v0002/{shard.file}")
+    told = {"version": "v0002", "parts": list_grown(store, base.parts), "grown_from": "v0001"}
+    finish(store, base.model_copy(update=told), publish=how == "rolled back")
+    said: list[str] = []
+    if how == "rolled back":
+        rollback(store, ENCODER, "image")
+        assert update_index(store, ENCODER, "image", {}, said.append).version == "v0002"
+        assert "was rolled back" in said[-1] and current_version(store, HOME) == "v0001"
+    else:
+        with pytest.raises(NotPublishedError, match="v0002 is built but not published"):
+            update_index(store, ENCODER, "image", {})
+
+
 def test_parts_keep_the_ids_that_a_release_gave_them_which_is_passed_over(store: Store) -> None:
     base = first(store)
     add_shards(store, 7)
@@ -55,7 +74,7 @@ def test_parts_keep_the_ids_that_a_release_gave_them_which_is_passed_over(store:
     finish(store, later, publish=False)
     # Sorted by name it would come before the other.
     add_shards(store, 6)
-    parts, id_space = ids_of(store, base, list_grown(store, base.parts))
+    parts, id_space = ids_of(store, base, later, list_grown(store, base.parts))
     assert id_space == base.id_space
     assert [part.name for part in parts.ranges[4:]] == [part_name(7), part_name(6)]
     assert parts.ranges[:5] == later.parts.ranges
@@ -69,7 +88,7 @@ def test_ids_that_cannot_be_kept_are_of_a_space_of_their_own(store: Store, tmp_p
     (tmp_path / base.parts.folder / part_name(7)).unlink()
     add_shards(store, 6)
     grown = list_grown(store, base.parts)
-    assert ids_of(store, base, grown) == (grown, None)
+    assert ids_of(store, base, later, grown) == (grown, None)
 
 
 def test_the_floor_that_a_release_was_accepted_with_is_that_of_its_updates(store: Store) -> None:

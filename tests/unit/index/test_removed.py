@@ -23,7 +23,7 @@ from pipelines.queries import Query
 from pipelines.remove import Asked, remove
 from pipelines.search import Searcher
 from pipelines.storage import Store
-from pipelines.takedowns import compacted, note_compacted, read_takedowns, requests
+from pipelines.takedowns import note_compacted, read_takedowns, requests
 from pipelines.verify import problems
 from tests import indexed
 from tests.indexed import ENCODER, everything, key_of
@@ -88,7 +88,9 @@ def test_a_release_that_never_held_it_is_not_suspected_when_its_parts_change(tmp
     compact_parts(store)
     note_compacted(store, requests(store))
     shutil.rmtree(tmp_path / "index")
-    clean = read_release(build_release(tmp_path), ENCODER, "image").model_copy(update={"dropped": compacted(store)})
+    clean = read_release(build_release(tmp_path), ENCODER, "image").model_copy(
+        update={"dropped": tuple(requests(store))}
+    )
     replace_shard(tmp_path, 2, clean.parts.ranges[2].name)
     assert not holds_removed(store, clean)
     assert holds_removed(store, clean.model_copy(update={"dropped": ()}))
