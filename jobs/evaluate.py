@@ -20,7 +20,7 @@ from jobs.options import (
     named_output,
 )
 from pipelines.errors import ConfigError
-from pipelines.evaluate.kept import kept_in, sentence
+from pipelines.evaluate.kept import TITLES, kept_in, sentence
 from pipelines.search import choose_encoder
 
 if TYPE_CHECKING:
@@ -53,20 +53,6 @@ Sample = Annotated[
 Memory = Annotated[int, typer.Option(min=64, help="MiB for queries and scores.")]
 Seed = Annotated[int, typer.Option(min=0, help="Of the sample of queries.")]
 Exactly = Annotated[bool, typer.Option("--no-index", help="Leave the index out.")]
-
-ROWS = {
-    "recall@1": "Recall@1",
-    "recall@5": "Recall@5",
-    "recall@10": "Recall@10",
-    "precision@1": "Precision@1",
-    "precision@5": "Precision@5",
-    "precision@10": "Precision@10",
-    "ndcg@10": "nDCG@10",
-    "map@10": "mAP@10",
-    "map": "mAP",
-    "median_rank": "median rank",
-    "mean_rank": "mean rank",
-}
 
 
 def evaluate(
@@ -132,7 +118,7 @@ def print_result(result: dict[str, Any]) -> None:
     through = result["through"]
     columns = "".join(f"{name:>12}" for name in ("exact", *(("in index", "exact there", "loss") if through else ())))
     out.print(f"  {'':<14}{columns}", style="dim")
-    for name, title in ROWS.items():
+    for name, title in TITLES.items():
         cells = cell(name, result["figures"][name])
         if through and name in through["found"]:
             cells += "".join(cell(name, through[column][name]) for column in ("found", "exact", "loss"))

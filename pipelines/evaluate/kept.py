@@ -9,6 +9,21 @@ from urllib.parse import quote
 
 from pipelines.storage import Store, is_whole_json
 
+TITLES = {
+    "recall@1": "Recall@1",
+    "recall@5": "Recall@5",
+    "recall@10": "Recall@10",
+    "precision@1": "Precision@1",
+    "precision@5": "Precision@5",
+    "precision@10": "Precision@10",
+    "ndcg@10": "nDCG@10",
+    "map@10": "mAP@10",
+    "map": "mAP",
+    "median_rank": "median rank",
+    "mean_rank": "mean rank",
+}
+"""Of the figures, in the order that they are told in."""
+
 
 def kept_in(encoder: str) -> str:
     """The folder of an encoder's."""

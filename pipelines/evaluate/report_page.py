@@ -8,7 +8,7 @@ import numpy as np
 
 from pipelines.contracts import Modality
 from pipelines.evaluate.charts import COLOURS, figure, svg
-from pipelines.evaluate.kept import sentence
+from pipelines.evaluate.kept import TITLES, sentence
 from pipelines.evaluate.pages import markup, page, shown
 from pipelines.evaluate.searches import Answer, SampleSearch, of_one_sample
 from pipelines.evaluate.thumbnails import thumbnails
@@ -21,10 +21,6 @@ from pipelines.training.curves import Lines, draw_panel, flattened, panels
 
 LEAST_POINTS, INTERVALS = 3, 60
 STAGES = ("read", "translate", "decode", "encode", "write")
-FIGURES = (
-    *("recall@1", "recall@5", "recall@10", "precision@1", "precision@10"),
-    *("ndcg@10", "map", "median_rank", "mean_rank"),
-)
 CHARTS = {
     "sides": ("Image size", "shorter side, pixels", True),
     "words": ("Caption length", "words", False),
@@ -152,7 +148,7 @@ def _quality(run: dict[str, Any], result: dict[str, Any]) -> dict[str, Any]:
     columns = [("exact", result["figures"])]
     if through:
         columns += [("in index", through["found"]), ("exact there", through["exact"]), ("loss", through["loss"])]
-    rows = [[name.replace("_", " "), *(_cell(name, told) for _, told in columns)] for name in FIGURES]
+    rows = [[title, *(_cell(name, told) for _, told in columns)] for name, title in TITLES.items()]
     title = f"{result['protocol']}: {result['asks']} → {result['finds']}"
     of = [f"split {run['split']}"] if run["split"] is not None else []
     of += [f"folds of {run['fold']:,}"] if run["fold"] else []

@@ -40,7 +40,7 @@ def draw(axes: Any, release: Release) -> None:
     for label, colour, dashed, points, chosen in lines(release):
         milliseconds, recall = zip(*points, strict=True)
         axes.plot(milliseconds, recall, "o--" if dashed else "o-", color=colour, label=label, markersize=4)
-        axes.plot(*chosen, "o", color=colour, fillstyle="none", markersize=11)
+        axes.plot(*chosen, "o", color=colour, fillstyle="none", markersize=11, clip_on=False)
     axes.set_xscale("log")
     axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
     axes.xaxis.set_major_formatter("{x:g}")

@@ -202,8 +202,8 @@ def test_every_evaluation_is_on_the_page(pages: dict[str, Path]) -> None:
         "queries in 50, mean of",
         "release v0001 holds",
         "have nothing to find",
-        "<td>precision@1</td>",
-        "<td>precision@10</td>",
+        "<td>Precision@1</td>",
+        "<td>Precision@10</td>",
         "<td>mean rank</td>",
     ):
         assert told in html, told
