@@ -67,7 +67,7 @@ Compare = Annotated[
 Update = Annotated[
     bool,
     typer.Option(
-        "--update", help="Add only the parts that the newest release lacks, with its training and search parameters."
+        "--update", help="Add only the parts that the current release lacks, with its training and search parameters."
     ),
 ]
 Merge = Annotated[

@@ -12,7 +12,7 @@ import json
 import uuid
 from collections import defaultdict
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields, replace
 from datetime import UTC, datetime
 from functools import lru_cache
 from hashlib import blake2b
@@ -34,6 +34,7 @@ SALT = f"{FOLDER}/salt"
 MARK_BYTES = 16
 _SUFFIX, _COMPACTED = ".parquet", ".compacted.json"
 _ABOUT = b"vecmill"
+_NO_ARRAYS = ("marks", "requests")
 
 TOMBSTONE = pa.schema(
     [
@@ -177,11 +178,12 @@ class Suspects:
 
 @dataclass(frozen=True, eq=False)
 class Takedowns:
-    """All tombstones of an output, 58 bytes each in memory, in order of their keys' marks.
+    """All tombstones of an output, 66 bytes each in memory, in order of their keys' marks.
 
     places, objects, cuts, shards: uint64, of shard and version, of the shard's object, of its cut, and of the shard.
     rows: int64.
     keys, contents: uint64, marks. lasting, waiting: bool; the key lasts, and no compaction has dropped the sample yet.
+    sources: int64, the request that each is of, as a position among `requests`, their ids.
     """
 
     marks: Marks
@@ -194,6 +196,17 @@ class Takedowns:
     contents: NDArray[np.uint64]
     lasting: NDArray[np.bool_]
     waiting: NDArray[np.bool_]
+    sources: NDArray[np.int64]
+    requests: tuple[str, ...]
+
+    def without(self, requests: Collection[str]) -> Takedowns:
+        """Those of other requests alone."""
+        left_out = [at for at, id in enumerate(self.requests) if id in requests]
+        if not left_out:
+            return self
+        kept = ~np.isin(self.sources, left_out)
+        arrays = {each.name: getattr(self, each.name)[kept] for each in fields(self) if each.name not in _NO_ARRAYS}
+        return replace(self, **arrays)
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -243,6 +256,23 @@ class Takedowns:
     def _of(self, waiting: bool | None) -> NDArray[np.bool_]:
         return self.waiting == waiting if waiting is not None else np.ones(len(self), bool)
 
+    def dropped(self, listed: Sequence[tuple[str, str]], holding: Sequence[str]) -> tuple[str, ...]:
+        """Requests whose samples are for sure in none of some parts. listed: their (shard, version). holding:
+        `shard.version` of those that still hold samples.
+
+        Where a shard that had any is listed in another version, or its object in another cut, nobody can be sure.
+        """
+        places, shards = _places(f"{shard}.{version}" for shard, version in listed), _places(name for name, _ in listed)
+        moved = np.isin(self.shards, shards) & ~np.isin(self.places, places)
+        cuts: dict[int, set[int]] = defaultdict(set)
+        for name, _ in listed:
+            cuts[_place(object_of(name))].add(_place(cut_of(name)))
+        pairs, of = np.unique(np.stack([self.objects, self.cuts]), axis=1, return_inverse=True)
+        recut = [bool(cuts.get(object_, set()) - {cut}) for object_, cut in pairs.T.tolist()]
+        unsure = moved | np.array(recut, bool)[of.ravel()] | np.isin(self.places, _places(holding))
+        unsure_of = {*self.sources[unsure].tolist()}
+        return tuple(id for at, id in enumerate(self.requests) if at not in unsure_of)
+
     def suspects(self) -> Suspects:
         cuts: dict[int, set[int]] = defaultdict(set)
         for object_, cut in np.unique(np.stack([self.objects, self.cuts]), axis=1).T.tolist():
@@ -262,15 +292,12 @@ def requests(store: Store) -> dict[str, bool]:
     return {id: f"{id}{_COMPACTED}" in names for id in ids}
 
 
-def read_takedowns(store: Store, but: Collection[str] = ()) -> Takedowns:
-    """One listing; what was read before is remembered in this process. but: requests that are left out.
-
-    Raises: LedgerError.
-    """
-    return _loaded(store, tuple(item for item in requests(store).items() if item[0] not in but))
+def read_takedowns(store: Store) -> Takedowns:
+    """One listing; what was read before is remembered in this process. Raises: LedgerError."""
+    return _loaded(store, tuple(requests(store).items()))
 
 
-@lru_cache(maxsize=4)
+@lru_cache(maxsize=2)
 def _loaded(store: Store, known: tuple[tuple[str, bool], ...]) -> Takedowns:
     tables = [(_read(store, id), is_compacted) for id, is_compacted in known]
     table = pa.concat_tables([TOMBSTONE.empty_table(), *(table.replace_schema_metadata() for table, _ in tables)])
@@ -278,9 +305,8 @@ def _loaded(store: Store, known: tuple[tuple[str, bool], ...]) -> Takedowns:
     order = np.argsort(keys, kind="stable")
     shards = table["shard"].to_pylist()
     named = zip(shards, table["version"].to_pylist(), strict=True)
-    waiting = np.repeat([not is_compacted for _, is_compacted in tables], [len(table) for table, _ in tables]).astype(
-        bool
-    )
+    lengths = [len(table) for table, _ in tables]
+    waiting = np.repeat([not is_compacted for _, is_compacted in tables], lengths).astype(bool)
     return Takedowns(
         marks=Marks(_salt(store) if known else b""),
         places=_places(f"{shard}.{version}" for shard, version in named)[order],
@@ -292,6 +318,8 @@ def _loaded(store: Store, known: tuple[tuple[str, bool], ...]) -> Takedowns:
         contents=_numbers(table["content"])[order],
         lasting=table["key_lasts"].to_numpy()[order],
         waiting=waiting[order],
+        sources=np.repeat(np.arange(len(tables)), lengths).astype(np.int64)[order],
+        requests=tuple(id for id, _ in known),
     )
 
 

@@ -19,6 +19,7 @@ from pipelines.index.manifest import Release, index_folder
 from pipelines.index.parts import Parts, embeddings_folder, list_parts
 from pipelines.index.plan import Plan, make_plan
 from pipelines.index.release import finish, newest_or_none
+from pipelines.index.removed import dropped
 from pipelines.index.room import DiskFullError, require_room
 from pipelines.index.settle import settle
 from pipelines.index.stages import Build, Timed, versions
@@ -27,7 +28,7 @@ from pipelines.lease import held
 from pipelines.ledger import finish as finish_begun
 from pipelines.record import read_record
 from pipelines.storage import Store
-from pipelines.takedowns import read_takedowns, requests
+from pipelines.takedowns import read_takedowns
 
 
 def build_index(
@@ -55,17 +56,15 @@ def build_index(
         require_one_vector(parts, encoder, modality)
         return parts
 
-    # Before parts are written without them and listed, which then hold nothing of these.
-    dropped = tuple(requests(store))
     drop_removed(store, progress, lambda: make_plan(listed(), settings))
-    parts = listed()
+    takedowns, parts = read_takedowns(store), listed()
     if latest and not force and is_current(latest, parts, settings, fingerprint):
         progress(f"{latest.folder} is up to date: the same parts and settings (--force builds it again)")
         return settle(store, latest, settings, progress)
     plan = make_plan(parts, settings)
     with attempt_at(store, encoder, modality, digest_of(plan, settings, fingerprint), progress) as attempt:
         require_room(plan, attempt)
-        build = Build(attempt, encoder, modality, plan, settings, dropped)
+        build = Build(attempt, encoder, modality, plan, settings, dropped(store, parts, takedowns))
         return build_and_settle(build, kept_id_space(latest, parts, progress), fingerprint, progress, timed)
 
 
@@ -87,7 +86,7 @@ def digest_of(plan: Plan, settings: IndexConfig, fingerprint: str, grown_from: s
         "key": plan.key,
         "runs": [[run.start, run.stop] for run in plan.runs],
         "rerank": plan.rerank,
-        "settings": _building(settings.model_dump(mode="json")),
+        "settings": that_decide(settings.model_dump(mode="json")),
         "fingerprint": fingerprint,
         "versions": versions(),
         "grown_from": grown_from,
@@ -164,17 +163,17 @@ def recorded_fingerprint(store: Store, encoder: str) -> str:
 
 
 def is_current(latest: Release, parts: Parts, settings: IndexConfig, fingerprint: str) -> bool:
-    made_by = (latest.parts, _building(_with_defaults(latest.settings)), latest.fingerprint)
-    same = made_by == (parts, _building(settings.model_dump(mode="json")), fingerprint)
+    made_by = (latest.parts, that_decide(with_defaults(latest.settings)), latest.fingerprint)
+    same = made_by == (parts, that_decide(settings.model_dump(mode="json")), fingerprint)
     return same and (settings.variants == "none" or latest.settings.get("variants") == settings.variants)
 
 
-def _with_defaults(settings: dict[str, Any]) -> dict[str, Any]:
+def with_defaults(settings: dict[str, Any]) -> dict[str, Any]:
     """Those of today, of a release that was made before some of them were known."""
     return {**IndexConfig().model_dump(mode="json"), **index_settings_of(settings)}
 
 
-def _building(settings: dict[str, Any]) -> dict[str, Any]:
+def that_decide(settings: dict[str, Any]) -> dict[str, Any]:
     """Without those that decide what becomes of a release, or what else is told of it."""
     told = ("floor", "keep", "variants", "variant_vectors")
     return {name: value for name, value in settings.items() if name not in told}

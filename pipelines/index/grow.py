@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from typing import Any
@@ -14,7 +14,15 @@ from pipelines.contracts import Modality
 from pipelines.errors import ConfigError, IndexBuildError
 from pipelines.index.asked import Asked, read_asked
 from pipelines.index.attempt import Attempt, Learnt, Progress
-from pipelines.index.build import attempt_at, build_and_settle, digest_of, drop_removed, recorded_fingerprint
+from pipelines.index.build import (
+    attempt_at,
+    build_and_settle,
+    digest_of,
+    drop_removed,
+    recorded_fingerprint,
+    that_decide,
+    with_defaults,
+)
 from pipelines.index.choose import cut, shard_count
 from pipelines.index.current import publication
 from pipelines.index.drift import drift, warning
@@ -27,7 +35,7 @@ from pipelines.index.plan import Plan
 from pipelines.index.publish import require_files
 from pipelines.index.queries import Queries
 from pipelines.index.recall import Top
-from pipelines.index.release import latest_or_none, newest_or_none
+from pipelines.index.release import latest_or_none, newest_or_none, releases
 from pipelines.index.removed import holds_removed
 from pipelines.index.rerank import rerank_dtype
 from pipelines.index.room import require_room
@@ -55,9 +63,8 @@ def update_index(
     that it fills an index shard with. Raises: ConfigError for settings that only a new build can have,
     IndexBuildError where there is nothing to add to, NotPublishedError.
     """
-    newest = newest_or_none(store, encoder, modality)
-    base = latest_or_none(store, encoder, modality) or newest
-    if base is None or newest is None:
+    base = latest_or_none(store, encoder, modality) or newest_or_none(store, encoder, modality)
+    if base is None:
         raise IndexBuildError(
             f"There is no index of {store.uri()}, {encoder}, {modality} to add to", "Run `vecmill index` first."
         )
@@ -65,12 +72,12 @@ def update_index(
     settings, fingerprint = settings_of(store, base, given), recorded_fingerprint(store, encoder)
     require_same(base, settings, fingerprint)
     drop_removed(store, progress)
-    # An update of the base that was turned down is not built again as long as it would be the same.
-    for each in (base, newest) if newest.grown_from == base.version else (base,):
+    others = list(releases(store, encoder, modality))
+    for each in (base, *(other for other in others if is_the_same(other, base, settings))):
         if list_grown(store, each.parts) == each.parts:
             progress(f"{each.folder} has all parts there are: nothing to add")
             return settle(store, each, settings, progress)
-    parts, id_space = ids_of(store, base, newest, list_grown(store, base.parts))
+    parts, id_space = ids_of(store, base, others, list_grown(store, base.parts))
     asked = require_base(store, base, parts)
     plan = plan_update(base, parts, settings)
     digest = digest_of(plan, settings, fingerprint, base.version)
@@ -79,17 +86,26 @@ def update_index(
         return build_and_settle(Update(attempt, base, asked, plan, settings), id_space, fingerprint, progress, timed)
 
 
-def ids_of(store: Store, base: Release, newest: Release, grown: Parts) -> tuple[Parts, int | None]:
+def is_the_same(other: Release, base: Release, settings: IndexConfig) -> bool:
+    """Whether it is an update of the base as this one will be, if there are the same parts: one that was turned down is
+    not built again."""
+    asked = that_decide(settings.model_dump(mode="json"))
+    return other.grown_from == base.version and that_decide(with_defaults(other.settings)) == asked
+
+
+def ids_of(store: Store, base: Release, others: Iterable[Release], grown: Parts) -> tuple[Parts, int | None]:
     """The parts that are there now with their ids, and the id space that these are of, None for one of their own.
 
-    grown: those of the base, and what follows. The newest release, where it is passed over, has given ids to parts as
-    well: they keep them, and where they cannot, since some have gone again, the ids are of no space that there was.
+    grown: those of the base, and what follows. Releases that are passed over have given ids to parts as well: they keep
+    them, and where they cannot, since some have gone again, the ids are of no space that there was.
     """
-    if newest.version == base.version or newest.id_space != base.id_space:
+    given = [other.parts for other in others if other.id_space == base.id_space]
+    most = max([base.parts, *given], key=lambda parts: len(parts.ranges))
+    known = len(base.parts.ranges)
+    if len(most.ranges) == known:
         return grown, base.id_space
-    given, known = list_grown(store, newest.parts), len(base.parts.ranges)
-    stays = given.ranges[:known] == grown.ranges[:known] and not any(part.gone for part in given.ranges[known:])
-    return (given, base.id_space) if stays else (grown, None)
+    kept = list_grown(store, most)
+    return (kept, base.id_space) if not any(part.gone for part in kept.ranges[known:]) else (grown, None)
 
 
 def settings_of(store: Store, base: Release, given: Mapping[str, Any]) -> IndexConfig:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from contextlib import suppress
 
 from pydantic import ValidationError
@@ -58,6 +59,12 @@ def newest_or_none(store: Store, encoder: str, modality: str) -> Release | None:
     """The release that was built last, published or not, None before the first."""
     known = finished(store, index_folder(encoder, modality))
     return read_release(store, encoder, modality, known[-1]) if known else None
+
+
+def releases(store: Store, encoder: str, modality: str) -> Iterator[Release]:
+    """All there are, published or not, the newest first."""
+    for version in reversed(finished(store, index_folder(encoder, modality))):
+        yield read_release(store, encoder, modality, version)
 
 
 def merged_files(store: Store, release: Release) -> tuple[KeptFile, ...]:

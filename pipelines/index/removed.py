@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
@@ -38,7 +39,7 @@ def denied(store: Store, parts: Parts, known: Takedowns) -> Denied:
         return Denied(None, 0)
     there, gone = _touched(store, parts, known)
     allowed = Selection.every(end_of(parts)).without_ranges((part.offset, part.offset + part.rows) for part in gone)
-    for ids in _waiting(store, parts, there, known):
+    for _, ids in _waiting(store, parts, there, known):
         allowed = allowed.without(ids)
     return Denied(allowed, sum(part.rows for part in gone if not part.gone))
 
@@ -54,9 +55,19 @@ def holds_removed(store: Store, release: Release) -> bool:
     Such a vector lies in a part that still holds it, or that a compaction, or a change of its input, has done away
     with since.
     """
-    known, parts = read_takedowns(store, but=release.dropped), release.parts
+    known, parts = read_takedowns(store).without(release.dropped), release.parts
     there, gone = _touched(store, parts, known)
-    return bool(gone) or any(map(len, _waiting(store, parts, there, known)))
+    return bool(gone) or any(len(ids) for _, ids in _waiting(store, parts, there, known))
+
+
+def dropped(store: Store, parts: Parts, known: Takedowns) -> tuple[str, ...]:
+    """Requests of `known`, read before the parts were listed, of which these hold nothing for sure."""
+    holding = [part for part, ids in _waiting(store, parts, parts.ranges, known) if len(ids)]
+    return known.dropped(list(map(_place, parts.ranges)), [".".join(_place(part)) for part in holding])
+
+
+def _place(part: PartRange) -> tuple[str, str]:
+    return shard_of(part.name), version_of(part.name)
 
 
 def _touched(store: Store, parts: Parts, known: Takedowns) -> tuple[list[PartRange], list[PartRange]]:
@@ -67,16 +78,16 @@ def _touched(store: Store, parts: Parts, known: Takedowns) -> tuple[list[PartRan
     return [part for part in touched if part.name in names], [part for part in touched if part.name not in names]
 
 
-def _waiting(store: Store, parts: Parts, there: list[PartRange], known: Takedowns) -> list[Ids]:
-    """The removed ids of each part that may hold some until it is compacted."""
+def _waiting(store: Store, parts: Parts, there: Iterable[PartRange], known: Takedowns) -> list[tuple[PartRange, Ids]]:
+    """Each part that may hold some until it is compacted, with the removed ids that it has."""
     touched = known.touched(waiting=True)
-    holders = [part for part in there if f"{shard_of(part.name)}.{version_of(part.name)}" in touched]
+    holders = [part for part in there if ".".join(_place(part)) in touched]
     with ThreadPoolExecutor(THREADS) as pool:
-        return list(pool.map(lambda part: _removed_ids(store, parts, part, known), holders))
+        return list(zip(holders, pool.map(lambda part: _removed_ids(store, parts, part, known), holders), strict=True))
 
 
 def _removed_ids(store: Store, parts: Parts, part: PartRange, known: Takedowns) -> Ids:
-    removed = known.rows_of(shard_of(part.name), version_of(part.name), waiting=True)
+    removed = known.rows_of(*_place(part), waiting=True)
     try:
         with open_part(store, parts.path(part)) as stream:
             rows = pq.read_table(stream, columns=["row"], use_threads=False, pre_buffer=False)["row"]

@@ -7,7 +7,7 @@ import pytest
 from pipelines.config import IndexConfig
 from pipelines.index.build import recorded_fingerprint
 from pipelines.index.current import current_version
-from pipelines.index.grow import ids_of, plan_update, settings_of, update_index
+from pipelines.index.grow import ids_of, is_the_same, plan_update, settings_of, update_index
 from pipelines.index.manifest import MANIFEST, Release
 from pipelines.index.parts import list_grown
 from pipelines.index.publish import NotPublishedError, publish, rollback
@@ -74,7 +74,7 @@ def test_parts_keep_the_ids_that_a_release_gave_them_which_is_passed_over(store:
     finish(store, later, publish=False)
     # Sorted by name it would come before the other.
     add_shards(store, 6)
-    parts, id_space = ids_of(store, base, later, list_grown(store, base.parts))
+    parts, id_space = ids_of(store, base, [later, base], list_grown(store, base.parts))
     assert id_space == base.id_space
     assert [part.name for part in parts.ranges[4:]] == [part_name(7), part_name(6)]
     assert parts.ranges[:5] == later.parts.ranges
@@ -88,7 +88,30 @@ def test_ids_that_cannot_be_kept_are_of_a_space_of_their_own(store: Store, tmp_p
     (tmp_path / base.parts.folder / part_name(7)).unlink()
     add_shards(store, 6)
     grown = list_grown(store, base.parts)
-    assert ids_of(store, base, later, grown) == (grown, None)
+    assert ids_of(store, base, [later, base], grown) == (grown, None)
+
+
+def test_ids_that_any_release_gave_are_not_given_again(store: Store, tmp_path: Path) -> None:
+    """One of another id space is newer than the one that gave them."""
+    base = first(store)
+    add_shards(store, 7)
+    second = base.model_copy(update={"version": "v0002", "parts": list_grown(store, base.parts)})
+    (tmp_path / base.parts.folder / part_name(7)).unlink()
+    add_shards(store, 6)
+    third = base.model_copy(update={"version": "v0003", "parts": list_grown(store, base.parts), "id_space": 2})
+    grown = list_grown(store, base.parts)
+    assert ids_of(store, base, [third, second, base], grown) == (grown, None)
+    assert ids_of(store, base, [third, base], grown) == (grown, base.id_space)
+
+
+def test_an_update_that_was_turned_down_is_another_with_other_settings(store: Store) -> None:
+    base = first(store)
+    as_made = settings_of(store, base, {})
+    told = {"version": "v0002", "grown_from": "v0001", "settings": as_made.model_dump(mode="json")}
+    made = base.model_copy(update=told)
+    assert is_the_same(made, base, as_made) and is_the_same(made, base, as_made.model_copy(update={"floor": 0.1}))
+    assert not is_the_same(made, base, as_made.model_copy(update={"rerank_factor": 40}))
+    assert not is_the_same(base, base, as_made)
 
 
 def test_the_floor_that_a_release_was_accepted_with_is_that_of_its_updates(store: Store) -> None:

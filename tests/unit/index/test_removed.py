@@ -15,8 +15,9 @@ from pipelines.config import IndexConfig
 from pipelines.errors import ConfigError, IndexBuildError, InputError, StorageError
 from pipelines.index.build import build_index
 from pipelines.index.grow import update_index
+from pipelines.index.parts import list_parts
 from pipelines.index.release import read_release
-from pipelines.index.removed import denied, holds_removed
+from pipelines.index.removed import denied, dropped, holds_removed
 from pipelines.ledger import read_commit, standing_commits
 from pipelines.like import examples
 from pipelines.queries import Query
@@ -88,14 +89,32 @@ def test_a_release_that_never_held_it_is_not_suspected_when_its_parts_change(tmp
     compact_parts(store)
     note_compacted(store, requests(store))
     shutil.rmtree(tmp_path / "index")
-    clean = read_release(build_release(tmp_path), ENCODER, "image").model_copy(
-        update={"dropped": tuple(requests(store))}
-    )
+    clean = read_release(build_release(tmp_path), ENCODER, "image")
+    clean = clean.model_copy(update={"dropped": dropped(store, clean.parts, read_takedowns(store))})
+    assert clean.dropped == tuple(requests(store))
     replace_shard(tmp_path, 2, clean.parts.ranges[2].name)
     assert not holds_removed(store, clean)
     assert holds_removed(store, clean.model_copy(update={"dropped": ()}))
     remove(store, Asked([key_of(1, 1)]), "", "")
     assert holds_removed(store, clean), "what was taken down since"
+
+
+def test_parts_that_may_hold_it_are_not_taken_for_clean(tmp_path: Path) -> None:
+    """Those that still hold it, and those of another version than it was taken down from; those of other shards are."""
+    store = write_release(tmp_path)
+    remove(store, Asked([key_of(0, 3)]), "", "")
+    (first,) = requests(store)
+    parts = read_release(store, ENCODER, "image").parts
+    assert dropped(store, parts, read_takedowns(store)) == ()
+    assert dropped(store, parts.run(1, 4), read_takedowns(store)) == (first,)
+    remove(store, Asked([key_of(2, 0)]), "", "")
+    (second,) = set(requests(store)) - {first}
+    compact_parts(store)
+    listed = list_parts(store, parts.folder)
+    assert set(dropped(store, listed, read_takedowns(store))) == {first, second}
+    older = listed.ranges[0].model_copy(update={"name": listed.ranges[0].name.replace(indexed.VERSION, "0" * 12)})
+    stale = listed.model_copy(update={"ranges": (older, *listed.ranges[1:])})
+    assert dropped(store, stale, read_takedowns(store)) == (second,)
 
 
 def test_an_update_does_not_carry_it_on(tmp_path: Path) -> None:
