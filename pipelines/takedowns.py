@@ -112,7 +112,7 @@ class OfShard:
         """Whether a sample is removed. content: its mark, which takes a while; asked for only if it can matter.
 
         By its row; where its object has changed, by its key or its content; anywhere else by both together, since
-        keys are often but numbers, and one placeholder stands for many images.
+        keys are often but numbers, and one picture may stand in for many images that are missing.
         """
         if row in self.rows:
             return True

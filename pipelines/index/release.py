@@ -57,8 +57,7 @@ def latest_or_none(store: Store, encoder: str, modality: str) -> Release | None:
 
 def newest_or_none(store: Store, encoder: str, modality: str) -> Release | None:
     """The release that was built last, published or not, None before the first."""
-    known = finished(store, index_folder(encoder, modality))
-    return read_release(store, encoder, modality, known[-1]) if known else None
+    return next(releases(store, encoder, modality), None)
 
 
 def releases(store: Store, encoder: str, modality: str) -> Iterator[Release]:
